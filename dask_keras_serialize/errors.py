@@ -1,0 +1,24 @@
+"""What can go wrong, as exceptions a caller can tell apart.
+
+Every message is one line that names the model or variable, what was wrong, and
+the way out. All of them pickle, so that an error raised on a worker arrives whole
+on the client.
+"""
+
+from __future__ import annotations
+
+
+class KerasSerializeError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class EncodeError(KerasSerializeError, TypeError):
+    """A model cannot be turned into bytes without losing something."""
+
+
+class DecodeError(KerasSerializeError, ValueError):
+    """Bytes cannot be turned back into the model they came from."""
+
+
+class MissingPackageError(KerasSerializeError, RuntimeError):
+    """A worker of the cluster lacks this package."""

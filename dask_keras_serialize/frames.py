@@ -1,0 +1,246 @@
+"""Arrays <-> frames: where each array's bytes lie, and every copy that is made.
+
+A *frame* is one contiguous run of bytes, a read-only ``memoryview`` of format ``B``.
+Arrays of at least :data:`LARGE` bytes are frames of their own: views of the caller's
+memory, not copied. Smaller arrays are copied, once, into one *arena*, frame 0, each
+at a multiple of :data:`ALIGNMENT` bytes, because a comm awaits every frame apart
+(``distributed/comm/tcp.py``).
+
+Ownership: a frame keeps the memory it views alive. Nothing here ever writes to a
+frame. :func:`unpack` returns read-only views of the frames it was given.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dask_keras_serialize.errors import DecodeError
+
+#: Arrays of this many bytes or more are sent as frames of their own, uncopied.
+LARGE = 65536
+
+#: Offsets inside the arena are multiples of this many bytes, a cache line, which is
+#: what every backend wants of a buffer it is to use in place.
+ALIGNMENT = 64
+
+#: Bytes of one sample that :func:`fingerprint` reads, and how many it spreads out.
+_SAMPLE, _SAMPLES = 256, 16
+
+Frame = memoryview
+Bytes = npt.NDArray[np.uint8]
+
+
+class Location(NamedTuple):
+    """Where an array's bytes lie: ``frames[frame][offset:offset + nbytes]``."""
+
+    frame: int
+    offset: int
+    nbytes: int
+
+
+def as_frame(array: npt.NDArray[np.generic]) -> Frame:
+    """View an array's memory as a frame.
+
+    Parameters
+    ----------
+    array : ndarray
+        Any shape and dtype without Python objects.
+
+    Returns
+    -------
+    memoryview
+        Read-only, format ``B``, ``array.nbytes`` long; keeps ``array`` alive.
+
+    Notes
+    -----
+    Copies: none for a C-contiguous array, else one.
+    """
+    # view(u1), not memoryview(array): the buffer protocol has no letter for bfloat16
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return memoryview(flat).toreadonly()
+
+
+def pack(arrays: Sequence[npt.NDArray[np.generic]]) -> tuple[list[Location], list[Frame]]:
+    """Lay arrays out in frames.
+
+    Parameters
+    ----------
+    arrays : sequence of ndarray
+        Any shapes and dtypes without Python objects.
+
+    Returns
+    -------
+    locations : list of Location
+        One for each array, in order.
+    frames : list of memoryview
+        The arena first, if any array is small, then the large arrays in order.
+
+    Notes
+    -----
+    Copies: one for each array under :data:`LARGE` bytes (into the arena); none for
+    the others if they are C-contiguous.
+    """
+    small = [array for array in arrays if array.nbytes < LARGE]
+    arena_size = sum(_aligned(array.nbytes) for array in small)
+    frames: list[Frame] = []
+    arena = np.zeros(arena_size, np.uint8)
+    if arena_size:
+        frames.append(memoryview(arena).toreadonly())
+    locations = []
+    offset = 0
+    for array in arrays:
+        if array.nbytes < LARGE:
+            arena[offset : offset + array.nbytes] = as_frame(array)
+            locations.append(Location(0, offset, array.nbytes))
+            offset += _aligned(array.nbytes)
+        else:
+            locations.append(Location(len(frames), 0, array.nbytes))
+            frames.append(as_frame(array))
+    return locations, frames
+
+
+def check(
+    frames: Sequence[Frame], sizes: Sequence[int], fingerprints: Sequence[int], owner: str
+) -> None:
+    """Refuse frames that are not, one for one, those that were sent.
+
+    Parameters
+    ----------
+    frames : sequence of memoryview
+        What arrived.
+    sizes, fingerprints : sequence of int
+        Length in bytes and :func:`fingerprint` of each frame as it was sent.
+    owner : str
+        Whose frames they are, for the error.
+
+    Raises
+    ------
+    DecodeError
+        If a frame is missing, extra, truncated, lengthened, or out of order.
+    """
+    if len(frames) != len(sizes):
+        raise DecodeError(
+            f"{owner}: {len(frames)} frames arrived where {len(sizes)} were sent; "
+            "frames are missing or extra, send it again"
+        )
+    for i, (frame, size, mark) in enumerate(zip(frames, sizes, fingerprints, strict=True)):
+        if frame.nbytes != size:
+            raise DecodeError(
+                f"{owner}: frame {i} has {frame.nbytes} bytes where {size} were sent; "
+                "it was truncated or the frames are out of order, send it again"
+            )
+        if fingerprint(frame) != mark:
+            raise DecodeError(
+                f"{owner}: frame {i} does not hold the bytes that were sent; "
+                "it was altered or the frames are out of order, send it again"
+            )
+
+
+def unpack(frames: Sequence[Frame], location: Location, owner: str) -> Bytes:
+    """View one array's bytes inside the frames.
+
+    Parameters
+    ----------
+    frames : sequence of memoryview
+        As received.
+    location : Location
+        Where the bytes are said to lie.
+    owner : str
+        Whose bytes they are, for the error.
+
+    Returns
+    -------
+    ndarray of uint8, shape ``(location.nbytes,)``
+        Read-only view of the frame; give it its dtype and shape with ``view`` and
+        ``reshape``.
+
+    Raises
+    ------
+    DecodeError
+        If the location lies outside the frames.
+
+    Notes
+    -----
+    Copies: none.
+    """
+    index, offset, nbytes = location
+    if not 0 <= index < len(frames):
+        raise DecodeError(f"{owner}: its bytes are said to lie in frame {index} of {len(frames)}")
+    if offset < 0 or nbytes < 0 or offset + nbytes > frames[index].nbytes:
+        raise DecodeError(
+            f"{owner}: its bytes are said to lie at {offset}:{offset + nbytes} "
+            f"of a frame of {frames[index].nbytes} bytes"
+        )
+    view = np.frombuffer(frames[index], np.uint8, count=nbytes, offset=offset)
+    view.flags.writeable = False
+    return view
+
+
+def fingerprint(frame: Frame) -> int:
+    """Tell frames apart at a cost that does not grow with them.
+
+    A CRC-32 over at most 4 KiB sampled evenly over the frame, its first and last
+    bytes among them. It finds frames that changed places; it is no checksum of the
+    whole, which TCP and TLS already carry.
+
+    Parameters
+    ----------
+    frame : memoryview
+        Format ``B``, contiguous.
+
+    Returns
+    -------
+    int
+        32 bits.
+    """
+    size = frame.nbytes
+    if size <= _SAMPLE * _SAMPLES:
+        return zlib.crc32(frame)
+    mark = 0
+    for i in range(_SAMPLES):
+        start = (size - _SAMPLE) * i // (_SAMPLES - 1)
+        mark = zlib.crc32(frame[start : start + _SAMPLE], mark)
+    return mark
+
+
+def as_frames(buffers: Sequence[object], owner: str) -> list[Frame]:
+    """Take whatever a comm, a pickle or a file handed over as frames.
+
+    Parameters
+    ----------
+    buffers : sequence of objects with the buffer protocol
+        bytes, bytearray, memoryview, PickleBuffer or ndarray, all contiguous.
+    owner : str
+        Whose frames they are, for the error.
+
+    Returns
+    -------
+    list of memoryview
+        Read-only, format ``B``; each keeps its buffer alive.
+
+    Raises
+    ------
+    DecodeError
+        If one is not a contiguous buffer.
+
+    Notes
+    -----
+    Copies: none.
+    """
+    try:
+        views = [memoryview(buffer) for buffer in buffers]  # type: ignore[arg-type]
+        # an empty view with a zero in its shape cannot be cast
+        return [
+            (view.cast("B") if view.nbytes else memoryview(b"")).toreadonly() for view in views
+        ]
+    except TypeError as error:
+        raise DecodeError(f"{owner}: a frame is not a contiguous buffer: {error}") from None
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

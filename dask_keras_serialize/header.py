@@ -1,0 +1,266 @@
+"""The header: everything about a packed model but its bytes, typed and checked.
+
+On the wire a header is a dict of plain values under keys that are lower-case with
+hyphens, so that it survives msgpack with ``use_list=False`` (lists come back as
+tuples; ``distributed/protocol/core.py``). In the process it is a frozen dataclass.
+:meth:`Header.from_wire` trusts nothing: types, sizes, shapes against sizes, and
+versions are checked before anything else is looked at. ``docs/protocol.md`` is the
+same thing in words.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from typing import Any, Literal
+
+import msgpack
+
+from dask_keras_serialize.errors import DecodeError
+from dask_keras_serialize.frames import Location
+
+FORMAT = "dask-keras-serialize"
+
+#: Raised whenever a reader of the old format would misread the new one.
+FORMAT_VERSION = 1
+
+Encoding = Literal["config", "value"]
+
+#: Bytes of one element of every dtype that can travel, by Keras's name for it.
+ITEMSIZE = {
+    "bool": 1,
+    "int8": 1,
+    "uint8": 1,
+    "int16": 2,
+    "uint16": 2,
+    "int32": 4,
+    "uint32": 4,
+    "int64": 8,
+    "uint64": 8,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
+    "complex64": 8,
+    "complex128": 16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class VariableEntry:
+    """One row of the table of variables.
+
+    Attributes
+    ----------
+    path : str
+        Keras's path of the variable, such as ``"sequential/dense/kernel"``.
+    shape : tuple of int
+    dtype : str
+        A key of :data:`ITEMSIZE`.
+    trainable : bool
+    location : Location
+        Where its bytes lie, in C order and little-endian.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    trainable: bool
+    location: Location
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a packed model says of itself.
+
+    Attributes
+    ----------
+    encoding : {"config", "value"}
+        Which twin, ``by_config`` or ``by_value``, wrote ``body``.
+    name, class_name : str
+        The model's name and the full name of its class.
+    backend : str
+        ``keras.backend.backend()`` of the sender.
+    versions : dict of str to str
+        Of python, keras, the backend and this package, at the sender.
+    body : dict
+        What the encoding needs beside the variables; plain msgpack values.
+    variables : tuple of VariableEntry
+    frame_sizes, fingerprints : tuple of int
+        Of each frame, in order; see :mod:`dask_keras_serialize.frames`.
+    byteorder : str
+        ``sys.byteorder`` of the sender.
+    """
+
+    encoding: Encoding
+    name: str
+    class_name: str
+    backend: str
+    versions: dict[str, str]
+    body: dict[str, Any] = field(repr=False)
+    variables: tuple[VariableEntry, ...] = field(repr=False)
+    frame_sizes: tuple[int, ...] = field(default=(), repr=False)
+    fingerprints: tuple[int, ...] = field(default=(), repr=False)
+    byteorder: str = sys.byteorder
+
+    @property
+    def owner(self) -> str:
+        """How errors name the model."""
+        return f"model {self.name!r} ({self.class_name})"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all frames."""
+        return sum(self.frame_sizes)
+
+    def with_frames(self, sizes: list[int], fingerprints: list[int]) -> Header:
+        """Return this header with the frames it describes."""
+        return replace(self, frame_sizes=tuple(sizes), fingerprints=tuple(fingerprints))
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return the header as plain values, safe for msgpack."""
+        return {
+            "format": FORMAT,
+            "format-version": FORMAT_VERSION,
+            "encoding": self.encoding,
+            "name": self.name,
+            "class-name": self.class_name,
+            "backend": self.backend,
+            "byteorder": self.byteorder,
+            "versions": self.versions,
+            "body": self.body,
+            "variables": [
+                [v.path, list(v.shape), v.dtype, v.trainable, *v.location] for v in self.variables
+            ],
+            "frame-sizes": list(self.frame_sizes),
+            "fingerprints": list(self.fingerprints),
+        }
+
+    @classmethod
+    def from_wire(cls, wire: object) -> Header:
+        """Read a header, trusting nothing.
+
+        Parameters
+        ----------
+        wire : dict
+            What :meth:`to_wire` returned, before or after msgpack.
+
+        Raises
+        ------
+        DecodeError
+            If it is no header of this package, of a format this version cannot
+            read, or not of one piece: a missing field, a wrong type, a shape that
+            does not fit the bytes, an unknown dtype.
+        """
+        if not isinstance(wire, Mapping) or wire.get("format") != FORMAT:
+            raise DecodeError(
+                f"not a header written by {FORMAT}; the sender and this process must "
+                "both have the package installed and registered"
+            )
+        version = wire.get("format-version")
+        if version != FORMAT_VERSION:
+            raise DecodeError(
+                f"wire format {version!r} cannot be read by {FORMAT} "
+                f"{package_version()}, which reads format {FORMAT_VERSION}; install the "
+                "same version of the package on both sides"
+            )
+        try:
+            header = cls._read(wire)
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, DecodeError):
+                raise
+            raise DecodeError(f"malformed {FORMAT} header: {error!r}; send it again") from None
+        header._check()
+        return header
+
+    @classmethod
+    def _read(cls, wire: Mapping[str, Any]) -> Header:
+        encoding = wire["encoding"]
+        if encoding not in ("config", "value"):
+            raise DecodeError(f"malformed {FORMAT} header: unknown encoding {encoding!r}")
+        return cls(
+            encoding=encoding,
+            name=_typed(wire, "name", str),
+            class_name=_typed(wire, "class-name", str),
+            backend=_typed(wire, "backend", str),
+            byteorder=_typed(wire, "byteorder", str),
+            versions={str(k): str(v) for k, v in _typed(wire, "versions", Mapping).items()},
+            body=dict(_typed(wire, "body", Mapping)),
+            variables=tuple(_entry(row) for row in wire["variables"]),
+            frame_sizes=tuple(_natural(n) for n in wire["frame-sizes"]),
+            fingerprints=tuple(_natural(n) for n in wire["fingerprints"]),
+        )
+
+    def _check(self) -> None:
+        if self.byteorder != sys.byteorder:
+            raise DecodeError(
+                f"{self.owner}: sent by a {self.byteorder}-endian machine, which this "
+                f"{sys.byteorder}-endian one cannot read"
+            )
+        if len(self.frame_sizes) != len(self.fingerprints):
+            raise DecodeError(f"{self.owner}: malformed header: sizes and fingerprints differ")
+        for v in self.variables:
+            if v.dtype not in ITEMSIZE:
+                raise DecodeError(f"{self.owner}: variable {v.path!r} has unknown dtype {v.dtype}")
+            need = math.prod(v.shape) * ITEMSIZE[v.dtype]
+            if need != v.location.nbytes:
+                raise DecodeError(
+                    f"{self.owner}: variable {v.path!r} of shape {v.shape} and dtype "
+                    f"{v.dtype} takes {need} bytes, but {v.location.nbytes} were sent"
+                )
+
+    def to_bytes(self) -> bytes:
+        """Return the header packed by msgpack."""
+        packed: bytes = msgpack.packb(self.to_wire(), use_bin_type=True)
+        return packed
+
+    @classmethod
+    def from_bytes(cls, packed: bytes) -> Header:
+        """Read what :meth:`to_bytes` wrote; see :meth:`from_wire` for what it raises."""
+        try:
+            wire = msgpack.unpackb(packed, use_list=False)
+        except Exception as error:  # msgpack has no common base for what bad bytes raise
+            raise DecodeError(f"not a header written by {FORMAT}: {error!r}") from None
+        return cls.from_wire(wire)
+
+
+def package_version() -> str:
+    """Return the installed version of this package."""
+    return metadata.version("dask-keras-serialize")
+
+
+def python_version() -> str:
+    """Return the running Python's version, such as ``"3.12.1"``."""
+    return platform.python_version()
+
+
+def _typed(wire: Mapping[str, Any], key: str, kind: type) -> Any:
+    value = wire[key]
+    if not isinstance(value, kind):
+        raise TypeError(f"{key} is a {type(value).__name__}, not a {kind.__name__}")
+    return value
+
+
+def _natural(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is not a size")
+    return value
+
+
+def _entry(row: Any) -> VariableEntry:
+    path, shape, dtype, trainable, frame, offset, nbytes = row
+    if not isinstance(path, str) or not isinstance(dtype, str) or type(trainable) is not bool:
+        raise TypeError("a row of the table of variables has fields of wrong types")
+    return VariableEntry(
+        path,
+        tuple(_natural(n) for n in shape),
+        dtype,
+        trainable,
+        Location(_natural(frame), _natural(offset), _natural(nbytes)),
+    )
