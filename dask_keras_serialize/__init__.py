@@ -1,0 +1,47 @@
+"""Keras models as first-class Dask values.
+
+Installed, it works by itself: ``client.scatter(model)``, models as arguments and as
+results, ``pickle``, ``copy.deepcopy``. Importing it registers as well, for processes
+where the config turned that off. Loads neither Keras nor a backend.
+"""
+
+from dask_keras_serialize.errors import (
+    DecodeError,
+    EncodeError,
+    KerasSerializeError,
+    MissingPackageError,
+)
+from dask_keras_serialize.header import package_version
+from dask_keras_serialize.packed import PackedModel
+from dask_keras_serialize.registration import (
+    imported_by_dask,
+    register,
+    registered,
+    unregister,
+)
+
+__version__ = package_version()
+
+__all__ = [
+    "DecodeError",
+    "EncodeError",
+    "KerasSerializeError",
+    "MissingPackageError",
+    "PackedModel",
+    "RegisterKeras",
+    "register",
+    "registered",
+    "unregister",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name == "RegisterKeras":  # imports distributed, which a plain pickle does not need
+        from dask_keras_serialize.plugin import RegisterKeras
+
+        return RegisterKeras
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if not imported_by_dask():  # else the config decides, in registration.on_dask_import
+    register()

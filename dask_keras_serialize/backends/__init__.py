@@ -1,0 +1,81 @@
+"""One small adapter for each Keras backend, with the same few verbs.
+
+``view(variable)``
+    ndarray of a variable's value: read-only, in C order, uncopied where the backend
+    can; it never shows what is assigned to the variable later.
+``tensor(array)``
+    Tensor of the backend that owns its memory: one copy of ``array``.
+``version()``
+    The backend's version.
+``SHELLS``, ``shell(cls)``, ``reduce(obj)``, ``drop(obj, state)``, ``mend(obj, state)``
+    What the backend adds to Keras objects that pickle cannot take; used when a model
+    goes by value.
+
+Nothing else in the package knows a backend.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from dask_keras_serialize.errors import KerasSerializeError
+
+Array = npt.NDArray[np.generic]
+
+NAMES = ("tensorflow", "jax", "torch")
+
+
+class Backend(Protocol):
+    """What an adapter offers; its modules are the instances."""
+
+    def view(self, variable: Any) -> Array:
+        """View a ``keras.Variable``'s value."""
+
+    def tensor(self, array: Array) -> Any:
+        """Copy an array into a tensor."""
+
+    def version(self) -> str:
+        """Return the backend's version."""
+
+    #: Classes of the backend whose instances become shells when a model goes by value.
+    SHELLS: tuple[type, ...]
+
+    def shell(self, cls: type) -> Any:
+        """Make an empty instance of one of SHELLS."""
+
+    def reduce(self, obj: Any) -> tuple[Any, ...] | None:
+        """Reduce what pickle cannot, or return None."""
+
+    def drop(self, obj: Any, state: dict[str, Any]) -> None:
+        """Leave out of an object's state what the backend can make again."""
+
+    def mend(self, obj: Any, state: dict[str, Any]) -> None:
+        """Make it again."""
+
+
+def current() -> tuple[str, Backend]:
+    """Choose the adapter of the backend that Keras runs on in this process.
+
+    Returns
+    -------
+    name : str
+    backend : module
+
+    Raises
+    ------
+    KerasSerializeError
+        If there is no adapter for it.
+    """
+    import keras
+
+    name = keras.backend.backend()
+    if name not in NAMES:
+        raise KerasSerializeError(
+            f"Keras runs on the backend {name!r} in this process, which is not supported; "
+            f"set KERAS_BACKEND to one of {', '.join(NAMES)}"
+        )
+    return name, cast(Backend, import_module(f"{__name__}.{name}"))

@@ -1,0 +1,112 @@
+"""TensorFlow: views of variables without a copy, tensors with one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.trackable.data_structures import ListWrapper, _DictWrapper
+
+from dask_keras_serialize.backends import Array
+from dask_keras_serialize.errors import EncodeError
+
+
+def view(variable: Any) -> Array:
+    """View a variable's value.
+
+    Parameters
+    ----------
+    variable : keras.Variable
+        On any device.
+
+    Returns
+    -------
+    ndarray
+        Read-only, of the variable's shape and dtype. Later assignments to the
+        variable do not show: TensorFlow copies on write while a view lives.
+
+    Notes
+    -----
+    Copies: none for a variable in host memory, one for float8 (its dtype has no
+    buffer and no bitcast) or a variable on another device.
+    """
+    value = variable.value
+    tensor = value.value() if isinstance(value, tf.Variable) else tf.convert_to_tensor(value)
+    dtype = tensor.dtype.as_numpy_dtype
+    on_host = tensor.device.endswith("CPU:0")
+    if not on_host or "float8" in tensor.dtype.name:
+        array: Array = tensor.numpy()
+    elif tensor.dtype == tf.bfloat16:
+        # the buffer protocol has no letter for it; a bitcast shares the memory
+        array = np.asarray(memoryview(tf.bitcast(tensor, tf.uint16))).view(dtype)
+    else:
+        array = np.asarray(memoryview(tensor))
+    array.flags.writeable = False
+    return array
+
+
+def tensor(array: Array) -> tf.Tensor:
+    """Copy an array into a tensor; ``tf.Variable(tensor)`` then takes its memory over."""
+    return tf.constant(array)
+
+
+def version() -> str:
+    """Return TensorFlow's version."""
+    return str(tf.__version__)
+
+
+#: Classes of TensorFlow's own that become shells beside Keras's, when by value.
+SHELLS = (ListWrapper,)
+
+_State = dict[str, Any]
+
+
+def shell(cls: type) -> Any:
+    """Make an empty ListWrapper; its sentinel, which holds weak references, is new."""
+    return cls([])
+
+
+def reduce(obj: Any) -> tuple[Any, ...] | None:
+    """Reduce a _DictWrapper, a proxy pickle cannot take, to the dict it wraps."""
+    if isinstance(obj, _DictWrapper):
+        return dict, (), None, None, iter(obj.items())
+    return None
+
+
+def drop(obj: Any, state: _State) -> None:
+    """Leave out of a state what TensorFlow can make again and pickle cannot take."""
+    if isinstance(obj, ListWrapper):
+        del state["_self_attribute_sentinel"]
+    wrapped = [name for name, value in state.items() if isinstance(value, _DictWrapper)]
+    if wrapped:
+        state[_WRAPPED] = wrapped
+        dependencies = "_self_unconditional_checkpoint_dependencies"
+        names = "_self_unconditional_dependency_names"
+        state[dependencies] = [ref for ref in state[dependencies] if ref.name not in wrapped]
+        state[names] = {k: v for k, v in state[names].items() if k not in wrapped}
+    strategy = state.get("_distribution_strategy")
+    if strategy is not None:
+        if strategy is not _default_strategy():
+            raise EncodeError(
+                f"{type(obj).__qualname__} {obj.name!r} lives under {type(strategy).__name__}, "
+                "a tf.distribute strategy, which cannot travel: build it outside the strategy"
+            )
+        state["_distribution_strategy"] = _DEFAULT
+
+
+def mend(obj: Any, state: _State) -> None:
+    """Make again what :func:`drop` left out."""
+    if vars(obj).get("_distribution_strategy") == _DEFAULT:
+        obj.__dict__["_distribution_strategy"] = _default_strategy()
+    for name in vars(obj).pop(_WRAPPED, ()):
+        if name in vars(obj):
+            tf.__internal__.tracking.AutoTrackable.__setattr__(obj, name, vars(obj).pop(name))
+
+
+_WRAPPED = "wrapped by tensorflow"
+_DEFAULT = "the default strategy"
+
+
+def _default_strategy() -> Any:
+    return tf.distribute.get_strategy()

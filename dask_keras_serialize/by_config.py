@@ -1,0 +1,246 @@
+"""Models by their config: Keras's own contract, made whole.
+
+The config says what to build; the table of variables says what it holds. Beside
+Keras's config travel the few things it forgets and that plain data can carry: whether
+the optimizer and the compiled metrics were built, which metrics Keras chose for names
+such as ``"accuracy"``, the history of ``fit``, and layers' assets (vocabularies).
+Nothing here runs code that came with the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from dask_keras_serialize import fidelity, private
+from dask_keras_serialize.backends import Array
+from dask_keras_serialize.errors import DecodeError
+from dask_keras_serialize.rebuild import Values, assign_rest, rebuilding, values_at_creation
+
+#: What the trainer lets a user change after ``compile``.
+_TRAINER_ATTRIBUTES = ("run_eagerly", "jit_compile", "steps_per_execution", "stop_training")
+
+
+def dump(model: keras.Model) -> tuple[dict[str, Any], list[keras.Variable], list[Array]] | str:
+    """Describe a model by its config.
+
+    Parameters
+    ----------
+    model : keras.Model
+
+    Returns
+    -------
+    body : dict
+        For the header.
+    variables : list of keras.Variable
+        For the table, in an order that a rebuild repeats.
+    extras : list of ndarray of uint8
+        Bytes of the assets, in the order ``body["assets"]`` names them.
+
+    or, instead of the three,
+
+    str
+        What the config would lose: send the model by value.
+    """
+    try:
+        config = keras.saving.serialize_keras_object(model)
+    except Exception as error:  # get_config is anybody's code
+        return f"it has no config: {str(error).strip().splitlines()[0]}"
+    lost = fidelity.loss_by_config(model, config)
+    if lost:
+        return lost
+    compile_config = config.pop("compile_config", None)
+    trainer = _describe_trainer(model) if model.compiled else None
+    if isinstance(trainer, str):
+        return trainer
+    names, extras = _read_assets(model)
+    body = {
+        "model": config,
+        "compile": compile_config,
+        "trainer": trainer,
+        "history": fidelity.history_of(model),
+        "assets": names,
+    }
+    try:
+        # JSON, not msgpack: it keeps lists lists, and every load gets a copy of its
+        # own, which deserialize_keras_object is free to empty
+        return {"config": json.dumps(body)}, variables_of(model), extras
+    except (TypeError, ValueError) as error:
+        return f"its config is not plain data: {error}"
+
+
+def load(body: dict[str, Any], values: Values, extras: list[Array]) -> keras.Model:
+    """Rebuild a model from what :func:`dump` described.
+
+    Parameters
+    ----------
+    body : dict
+    values : Values
+    extras : list of ndarray of uint8
+
+    Returns
+    -------
+    keras.Model
+
+    Raises
+    ------
+    DecodeError
+        If the config cannot be rebuilt here, or rebuilds to something else.
+
+    Notes
+    -----
+    Copies: one of each variable's bytes, into memory the backend owns.
+    """
+    owner = values.header.owner
+    with rebuilding():
+        try:
+            config = json.loads(body["config"])
+            with values_at_creation(values) as given:
+                model = keras.saving.deserialize_keras_object(config["model"], safe_mode=True)
+                if config["trainer"] is not None:
+                    _compile(model, config["compile"], config["trainer"])
+            _write_assets(model, config["assets"], extras)
+            assign_rest(variables_of(model), given, values)
+            _finalize(model)
+            _restore_history(model, config["history"])
+        except DecodeError:
+            raise
+        except Exception as error:  # from_config is anybody's code
+            raise DecodeError(
+                f"{owner}: its config cannot be rebuilt by keras {keras.version()} here "
+                f"(sent by keras {values.header.versions.get('keras')}): {error!r}"
+            ) from error
+    return model
+
+
+def variables_of(model: keras.Model) -> list[keras.Variable]:
+    """List all of a model's variables, each once, in an order a rebuild repeats.
+
+    Layers' variables first, seeds among them, then the optimizer's, then metrics'.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    everything = [
+        *model.variables,
+        *(optimizer.variables if optimizer is not None else ()),
+        *model.metrics_variables,
+    ]
+    return list({id(variable): variable for variable in everything}.values())
+
+
+def _describe_trainer(model: keras.Model) -> dict[str, Any] | str:
+    metrics = private.resolved_metrics(model)
+    trainer = {
+        "optimizer-built": model.optimizer.built,
+        "scaled": model.optimizer is not private.compile_arguments(model)["optimizer"],
+        "metrics": metrics,
+        "losses": private.counts_losses(model),
+        "attributes": {name: getattr(model, name) for name in _TRAINER_ATTRIBUTES},
+    }
+    if (metrics is not None or trainer["losses"]) and _outputs(model) is None:
+        return "its compiled metrics are built but its outputs are not known"
+    return trainer
+
+
+def _compile(model: keras.Model, config: dict[str, Any], trainer: dict[str, Any]) -> None:
+    arguments = keras.saving.deserialize_keras_object(config, safe_mode=True)
+    model.compile(**arguments, auto_scale_loss=trainer["scaled"])
+    for name, value in trainer["attributes"].items():
+        if name in _TRAINER_ATTRIBUTES:
+            setattr(model, name, value)
+    if trainer["optimizer-built"]:
+        model.optimizer.build(model.trainable_variables)
+    metrics = trainer["metrics"]
+    if metrics is not None or trainer["losses"]:
+        y_pred = _outputs(model)
+        y_true = _targets(y_pred, metrics)
+        if trainer["losses"]:
+            private.build_losses(model, y_true, y_pred)
+        if metrics is not None:
+            private.build_metrics(model, y_true, y_pred)
+            rebuilt = private.resolved_metrics(model)
+            if rebuilt != metrics:
+                raise DecodeError(
+                    f"model {model.name!r}: its metrics were {metrics} but are rebuilt as {rebuilt}"
+                )
+
+
+def _outputs(model: keras.Model) -> Any:
+    """Return the model's outputs as it returns them, symbolically; None if unknown."""
+    try:
+        outputs = model.outputs
+        if isinstance(model, keras.Sequential):
+            return outputs[0]
+        return keras.tree.pack_sequence_as(model._outputs_struct, outputs)
+    except (AttributeError, TypeError, ValueError):
+        return None
+
+
+def _targets(y_pred: Any, metrics: list[list[str]] | None) -> Any:
+    """Make targets of such shapes that Keras chooses the same metrics again.
+
+    Keras chooses by shape alone (``keras/src/trainers/compile_utils.py``,
+    ``is_binary_or_sparse_categorical``): sparse where the targets lack the last axis.
+    """
+    flat = keras.tree.flatten(y_pred)
+    rows = metrics or []
+    targets = []
+    for i, output in enumerate(flat):
+        names = [name for row in rows[i :: len(flat)] for name in row]
+        sparse = any(name.startswith("Sparse") for name in names)
+        shape = output.shape[:-1] if sparse else output.shape
+        targets.append(keras.KerasTensor(shape, dtype=output.dtype))
+    return keras.tree.pack_sequence_as(y_pred, targets)
+
+
+def _with_assets(model: keras.Model) -> Iterator[tuple[int, keras.Layer]]:
+    for i, layer in enumerate(private.flatten_layers(model)):
+        if hasattr(layer, "save_assets"):
+            yield i, layer
+
+
+def _read_assets(model: keras.Model) -> tuple[list[tuple[int, str]], list[Array]]:
+    names: list[tuple[int, str]] = []
+    extras: list[Array] = []
+    for i, layer in _with_assets(model):
+        with tempfile.TemporaryDirectory() as folder:
+            layer.save_assets(folder)
+            for path in sorted(Path(folder).iterdir()):
+                names.append((i, path.name))
+                extras.append(np.frombuffer(path.read_bytes(), np.uint8))
+    return names, extras
+
+
+def _write_assets(model: keras.Model, names: list[tuple[int, str]], extras: list[Array]) -> None:
+    layers = dict(_with_assets(model))
+    for i in sorted({i for i, _ in names}):
+        if i not in layers:
+            raise DecodeError(f"model {model.name!r}: assets were sent for no layer that has any")
+        with tempfile.TemporaryDirectory() as folder:
+            for (owner, name), content in zip(names, extras, strict=True):
+                if owner == i:
+                    if Path(name).name != name:
+                        raise DecodeError(f"model {model.name!r}: asset {name!r} is not a name")
+                    (Path(folder) / name).write_bytes(content.tobytes())
+            layers[i].load_assets(folder)
+
+
+def _finalize(model: keras.Model) -> None:
+    """Let layers derive what they cache from their variables."""
+    for layer in private.flatten_layers(model):
+        if isinstance(layer, keras.layers.Normalization) and layer.built:
+            layer.finalize_state()
+
+
+def _restore_history(model: keras.Model, state: dict[str, Any] | None) -> None:
+    if state is None:
+        return
+    history = keras.callbacks.History()
+    vars(history).update(state)
+    history.set_model(model)
+    model.history = history

@@ -1,0 +1,319 @@
+"""Models by value: the graph of their objects through pickle, variables as frames.
+
+For what a config cannot carry: subclasses of Model, custom layers, losses, metrics
+and training steps, Python attributes. Every Keras object becomes a *shell*, made
+empty by ``cls.__new__`` and filled from its own ``__dict__``; inside a state, other
+Keras objects are persistent ids that name their shells. So no chain of layers nests
+deeper than pickle can recurse, cycles close by themselves, and Keras's constructors
+and ``__reduce__`` never run. Variables are left out of the pickle: they are the
+table's. Code that the other side cannot import travels by cloudpickle's rules.
+
+It needs the same minor versions of Python and Keras and the same backend on both
+sides, and it runs pickle: load only what you trust.
+
+Caches are dropped (traced functions, losses of the last call) and what Keras keys by
+``id()`` is mended; each case is a row of ``private.MENDERS``.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import types
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import cloudpickle
+import keras
+import numpy as np
+
+from dask_keras_serialize import backends, private
+from dask_keras_serialize.backends import Array
+from dask_keras_serialize.errors import DecodeError, EncodeError
+from dask_keras_serialize.private import SHELLS, State, Tracker, menders
+from dask_keras_serialize.rebuild import Values, rebuilding
+
+
+def dump(model: keras.Model) -> tuple[dict[str, Any], list[keras.Variable], list[Array]]:
+    """Describe a model by the graph of its objects.
+
+    Parameters
+    ----------
+    model : keras.Model
+
+    Returns
+    -------
+    body : dict
+        For the header.
+    variables : list of keras.Variable
+        For the table.
+    extras : list of ndarray of uint8
+        The pickle, then the out-of-band buffers of the arrays in it.
+
+    Raises
+    ------
+    EncodeError
+        If something the model holds cannot be pickled; names the attribute.
+
+    Notes
+    -----
+    Copies: none of variables' or arrays' bytes.
+    """
+    return _Dump(model).run()
+
+
+def load(body: dict[str, Any], values: Values, extras: list[Array]) -> keras.Model:
+    """Rebuild a model from what :func:`dump` described. It runs pickle.
+
+    Parameters
+    ----------
+    body : dict
+    values : Values
+    extras : list of ndarray of uint8
+
+    Returns
+    -------
+    keras.Model
+
+    Raises
+    ------
+    DecodeError
+        If a class or module is missing here, or the bytes are not whole.
+
+    Notes
+    -----
+    Copies: one of each variable's bytes, into memory the backend owns, and one of
+    each array that was writeable.
+    """
+    owner = values.header.owner
+    with rebuilding():
+        try:
+            return _Load(body, values, extras).run()
+        except DecodeError:
+            raise
+        except ModuleNotFoundError as error:
+            raise DecodeError(
+                f"{owner}: it holds code of module {error.name!r}, which is not installed "
+                f"here: install it on every worker, or call cloudpickle."
+                f"register_pickle_by_value({error.name}) before sending"
+            ) from error
+        except Exception as error:  # unpickling runs anybody's code
+            raise DecodeError(f"{owner}: it cannot be rebuilt by value here: {error!r}") from error
+
+
+class _Dump:
+    """One model on its way out."""
+
+    def __init__(self, model: keras.Model) -> None:
+        self.model = model
+        self.stream = io.BytesIO()
+        self.buffers: list[pickle.PickleBuffer] = []
+        self.objects: list[Any] = []
+        self.variables: list[keras.Variable] = []
+        self.index: dict[int, int] = {}
+        self.predicates: dict[types.CodeType, Any] = {}
+        self.backend = backends.current()[1]
+        self.pickler = _Pickler(self, self.stream, self.buffers)
+
+    def run(self) -> tuple[dict[str, Any], list[keras.Variable], list[Array]]:
+        self.pickler.dump(self.model)
+        done = 0
+        while done < len(self.objects):  # pickling a state finds more objects
+            obj = self.objects[done]
+            state = self.state(obj)
+            try:
+                self.pickler.dump(state)
+            except Exception as error:
+                raise EncodeError(self.blame(obj, state, error)) from error
+            done += 1
+        raw = [buffer.raw() for buffer in self.buffers]
+        body = {"objects": done, "writeable": [not view.readonly for view in raw]}
+        stream = np.frombuffer(self.stream.getbuffer(), np.uint8)
+        return body, self.variables, [stream, *(np.frombuffer(view, np.uint8) for view in raw)]
+
+    def number(self, obj: Any) -> int:
+        """Return the number of an object's shell, a new one at first sight."""
+        number = self.index.get(id(obj))
+        if number is None:
+            number = self.index[id(obj)] = len(self.objects)
+            self.objects.append(obj)
+        return number
+
+    def state(self, obj: Any) -> Any:
+        """Return what fills an object's shell: its ``__dict__``, caches dropped."""
+        if isinstance(obj, keras.Variable):
+            return self.variable_state(obj)
+        if isinstance(obj, Tracker):
+            return self.tracker_state(obj)
+        custom = _own_method(type(obj), "__getstate__")
+        if custom:
+            return _Custom(obj.__getstate__())
+        plain = object.__getstate__(obj)
+        state, slots = plain if isinstance(plain, tuple) else (plain, None)
+        state = dict(state or {}, **(slots or {}))
+        for mender in menders(obj):
+            mender.drop(obj, state)
+        self.backend.drop(obj, state)
+        return state
+
+    def variable_state(self, variable: keras.Variable) -> State:
+        state = dict(vars(variable))
+        if state.pop("_value") is not None:
+            state["value"] = len(self.variables)
+            self.variables.append(variable)
+        return state
+
+    def tracker_state(self, tracker: Tracker) -> State:
+        state = dict(vars(tracker))
+        del state["stored_ids"]
+        # its predicates are lambdas without closures, made anew for every layer:
+        # send one for each place in Keras's source
+        state["config"] = {
+            name: (self.predicates.setdefault(test.__code__, test), store)
+            for name, (test, store) in tracker.config.items()
+        }
+        return state
+
+    def blame(self, obj: Any, state: Any, error: Exception) -> str:
+        """Say which attribute of an object cannot travel."""
+        owner = f"model {self.model.name!r} ({type(self.model).__qualname__})"
+        where = f"{type(obj).__qualname__} {getattr(obj, 'name', '')!r}"
+        for path, value in _parts(state):
+            try:
+                _Pickler(self, io.BytesIO(), []).dump(value)
+            except Exception as cause:
+                return (
+                    f"{owner}: attribute {path} of {where}, a {type(value).__name__}, cannot "
+                    f"travel ({cause}): make it in a method, or leave it out by __getstate__"
+                )
+        return f"{owner}: {where} cannot travel: {error}"
+
+
+class _Load:
+    """One model on its way in."""
+
+    def __init__(self, body: dict[str, Any], values: Values, extras: list[Array]) -> None:
+        self.values = values
+        self.count = int(body["objects"])
+        writeable = body["writeable"]
+        stream, *arrays = extras
+        buffers = [
+            bytearray(array) if flag else array  # type: ignore[call-overload]
+            for array, flag in zip(arrays, writeable, strict=True)
+        ]
+        self.shells: dict[int, Any] = {}
+        self.unpickler = _Unpickler(self.shells, io.BytesIO(stream), buffers)
+
+    def run(self) -> keras.Model:
+        model = self.unpickler.load()
+        states = []
+        for number in range(self.count):
+            state = self.unpickler.load()
+            self.fill(self.shells[number], state)
+            states.append(state)
+        # what is derived from other objects comes last, when all are filled
+        for number, state in enumerate(states):
+            shell = self.shells[number]
+            for mender in menders(shell):
+                mender.mend(shell, state)
+            self.values.backend.mend(shell, state)
+        if not isinstance(model, keras.Model):
+            raise DecodeError(f"{self.values.header.owner}: the pickle holds no model")
+        return model
+
+    def fill(self, shell: Any, state: Any) -> None:
+        if isinstance(state, _Custom):
+            state.restore(shell)
+            return
+        value = state.pop("value", None) if isinstance(shell, keras.Variable) else None
+        for name, content in state.items():
+            slot = getattr(type(shell), name, None)
+            if isinstance(slot, types.MemberDescriptorType):
+                slot.__set__(shell, content)
+            else:  # past __setattr__, where Keras would track what its lists already hold
+                shell.__dict__[name] = content
+        if isinstance(shell, keras.Variable):
+            shell._value = None
+            if value is not None:
+                shell._initialize(self.values.tensor(value))
+
+
+class _Custom:
+    """The state of a class that says itself what its state is."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+    def restore(self, shell: Any) -> None:
+        if hasattr(shell, "__setstate__"):
+            shell.__setstate__(self.state)
+        else:
+            vars(shell).update(self.state or {})
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    def __init__(self, dump: _Dump, file: io.BytesIO, buffers: list[pickle.PickleBuffer]) -> None:
+        super().__init__(file, protocol=5, buffer_callback=buffers.append)
+        self._dump = dump
+        self._shells = SHELLS + dump.backend.SHELLS
+
+    def persistent_id(self, obj: Any) -> tuple[int, type] | None:
+        if isinstance(obj, self._shells):
+            return self._dump.number(obj), type(obj)
+        return None
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, private.TRACKED):
+            return private.reduce_tracked(obj)
+        reduced = self._dump.backend.reduce(obj)
+        if reduced is not None:
+            return reduced
+        return super().reducer_override(obj)
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, shells: dict[int, Any], file: io.BytesIO, buffers: Sequence[Any]) -> None:
+        super().__init__(file, buffers=buffers)
+        self._shells = shells
+        self._backend = backends.current()[1]
+
+    def persistent_load(self, pid: tuple[int, type]) -> Any:
+        number, cls = pid
+        shell = self._shells.get(number)
+        if shell is None and cls in self._backend.SHELLS:
+            shell = self._shells[number] = self._backend.shell(cls)
+        elif shell is None:
+            if not issubclass(cls, SHELLS):
+                raise DecodeError(f"{cls.__qualname__} is not a Keras class")
+            # Keras's own __new__, which wraps build(), takes no arguments; a user's might
+            new = next(
+                vars(base)["__new__"]
+                for base in cls.__mro__
+                if "__new__" in vars(base) and not _foreign(base)
+            )
+            shell = self._shells[number] = new(cls)
+        return shell
+
+
+def _own_method(cls: type, name: str) -> bool:
+    """Say whether a class outside Keras and the backends defines a method."""
+    return next((_foreign(base) for base in cls.__mro__ if name in vars(base)), False)
+
+
+def _foreign(cls: type) -> bool:
+    root = cls.__module__.partition(".")[0]
+    return root not in ("keras", "tensorflow", "torch", "jax", "flax", "builtins")
+
+
+def _parts(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the smallest parts of a state first, with their paths."""
+    items: Iterator[tuple[str, Any]]
+    if isinstance(state, dict):
+        items = ((f"{path}.{k}" if not path else f"{path}[{k!r}]", v) for k, v in state.items())
+    elif isinstance(state, (list, tuple, set)):
+        items = ((f"{path}[{i}]", v) for i, v in enumerate(state))
+    else:
+        return
+    for name, value in items:
+        yield from _parts(value, name)
+        yield name, value

@@ -1,0 +1,182 @@
+"""The one encoder: a Keras model <-> (header, frames).
+
+Every route takes it: Dask's own family of serializers, pickle, and what is built on
+either. Here it is decided how a model travels: by its config where that is known to
+carry it whole (``fidelity``), else by value.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from dask_keras_serialize import backends, by_config, by_value, frames
+from dask_keras_serialize.errors import DecodeError, EncodeError
+from dask_keras_serialize.frames import Frame
+from dask_keras_serialize.header import (
+    ITEMSIZE,
+    Encoding,
+    Header,
+    VariableEntry,
+    package_version,
+    python_version,
+)
+from dask_keras_serialize.rebuild import Values
+
+logger = logging.getLogger(__name__)
+
+
+def encode(model: keras.Model) -> tuple[Header, list[Frame]]:
+    """Turn a model into a header and frames.
+
+    Parameters
+    ----------
+    model : keras.Model
+        Left as it is.
+
+    Returns
+    -------
+    header : Header
+    frames : list of memoryview
+        Read-only. Those of large variables are views of the backend's own memory,
+        and keep it alive; they do not show later training.
+
+    Raises
+    ------
+    EncodeError
+        If it cannot travel without losing something; names the model and the part.
+
+    Notes
+    -----
+    Copies: each variable under 64 KiB once, into the arena; no other weight byte on
+    TensorFlow and JAX; with torch every byte once (its memory is written in place).
+    """
+    owner = f"model {model.name!r} ({_class_name(model)})"
+    name, backend = backends.current()
+    described = by_config.dump(model)
+    encoding: Encoding = "config"
+    if isinstance(described, str):
+        logger.debug("%s goes by value: %s", owner, described)
+        encoding, described = "value", by_value.dump(model)
+    body, variables, extras = described
+    arrays = [backend.view(variable) for variable in variables]
+    for variable in variables:
+        if variable.dtype not in ITEMSIZE:
+            raise EncodeError(
+                f"{owner}: variable {variable.path!r} has dtype {variable.dtype}, which cannot "
+                "travel yet: cast it, or keep it out of the model"
+            )
+    locations, parts = frames.pack([*arrays, *extras])
+    entries = tuple(
+        VariableEntry(v.path, tuple(map(int, v.shape)), v.dtype, bool(v.trainable), location)
+        for v, location in zip(variables, locations[: len(variables)], strict=True)
+    )
+    body["extras"] = [list(location) for location in locations[len(variables) :]]
+    header = Header(
+        encoding=encoding,
+        name=model.name,
+        class_name=_class_name(model),
+        backend=name,
+        versions={
+            "python": python_version(),
+            "keras": keras.version(),
+            name: backend.version(),
+            "dask-keras-serialize": package_version(),
+        },
+        body=body,
+        variables=entries,
+    )
+    return header.with_frames(
+        [part.nbytes for part in parts], [frames.fingerprint(part) for part in parts]
+    ), parts
+
+
+def decode(header: Header, buffers: Sequence[object]) -> keras.Model:
+    """Turn a header and frames back into a model.
+
+    Parameters
+    ----------
+    header : Header
+        Already checked by :meth:`Header.from_wire`.
+    buffers : sequence of objects with the buffer protocol
+        The frames, in order. Only read; the model keeps none of them.
+
+    Returns
+    -------
+    keras.Model
+
+    Raises
+    ------
+    DecodeError
+        If the frames are not those the header describes, or the model cannot be
+        rebuilt here: another backend or version, a missing class.
+
+    Notes
+    -----
+    Copies: one of each variable's bytes, into memory the backend owns.
+    """
+    parts = frames.as_frames(buffers, header.owner)
+    frames.check(parts, header.frame_sizes, header.fingerprints, header.owner)
+    _check_environment(header)
+    values = Values(header, parts)
+    try:
+        locations = [frames.Location(*map(int, row)) for row in header.body["extras"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DecodeError(f"{header.owner}: malformed header: {error!r}; send it again") from None
+    extras = [frames.unpack(parts, location, header.owner) for location in locations]
+    twin = by_config if header.encoding == "config" else by_value
+    return twin.load(header.body, values, extras)
+
+
+def nbytes(model: keras.Model) -> int:
+    """Count the bytes of all variables, without reading them."""
+    return sum(
+        int(np.prod(tuple(v.shape), dtype=np.int64)) * ITEMSIZE.get(v.dtype, 1)
+        for v in by_config.variables_of(model)
+    )
+
+
+#: Bytes of the Python objects around a model, one of its layers and one of its
+#: variables, as tracemalloc counts them (``benchmarks/python_graph.py``).
+GRAPH_BYTES = (60_000, 4_000, 9_000)
+
+
+def graph_nbytes(model: keras.Model) -> int:
+    """Estimate the bytes of the Python objects around a model's variables."""
+    base, per_layer, per_variable = GRAPH_BYTES
+    layers = sum(1 for _ in model._flatten_layers())
+    return base + per_layer * layers + per_variable * len(by_config.variables_of(model))
+
+
+def _check_environment(header: Header) -> None:
+    here, backend = backends.current()
+    if header.backend not in backends.NAMES:
+        raise DecodeError(f"{header.owner}: sent from an unknown backend {header.backend!r}")
+    if header.backend != here:
+        raise DecodeError(
+            f"{header.owner}: sent from the backend {header.backend!r}, but Keras runs on "
+            f"{here!r} in this process: set KERAS_BACKEND to the same on both sides"
+        )
+    if header.encoding == "config":
+        return
+    ours = {"python": python_version(), "keras": keras.version()}
+    for what, version in ours.items():
+        theirs = header.versions.get(what, "an unknown version")
+        if _minor(theirs) != _minor(version):
+            raise DecodeError(
+                f"{header.owner}: sent by value from {what} {theirs}, which {what} {version} "
+                "here cannot read: use the same minor version on both sides"
+            )
+
+
+def _minor(version: str) -> list[str]:
+    return re.findall(r"\d+", version)[:2]
+
+
+def _class_name(model: Any) -> str:
+    return f"{type(model).__module__}.{type(model).__qualname__}"

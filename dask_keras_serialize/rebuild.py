@@ -1,0 +1,184 @@
+"""Values -> live variables: the lock, values at creation, the order check.
+
+A rebuild holds one process-wide lock, because TensorFlow's graph construction is not
+thread-safe (tensorflow#35813) and because the hook that hands out values sits on a
+class that other threads use too; it acts for the building thread alone. A rebuild
+leaves Python's random state as it found it: Keras draws a seed from it for every
+unseeded initializer, and receiving a model must not change a user's experiment.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+
+from dask_keras_serialize import backends, private
+from dask_keras_serialize.errors import DecodeError
+from dask_keras_serialize.frames import Frame, unpack
+from dask_keras_serialize.header import Header, VariableEntry
+
+#: Held for the whole of every rebuild in this process.
+LOCK = threading.RLock()
+
+
+class Values:
+    """The variables' values of one packed model.
+
+    Parameters
+    ----------
+    header : Header
+        Already checked.
+    frames : sequence of memoryview
+        Already checked against the header.
+
+    Notes
+    -----
+    Copies: :meth:`array` none; :meth:`tensor` one, into memory the backend owns.
+    """
+
+    def __init__(self, header: Header, frames: Sequence[Frame]) -> None:
+        self.header = header
+        self._frames = frames
+        self.backend = backends.current()[1]
+
+    def array(self, index: int) -> backends.Array:
+        """Return variable ``index`` as a read-only view of the frames."""
+        entry = self.header.variables[index]
+        owner = f"{self.header.owner}: variable {entry.path!r}"
+        raw = unpack(self._frames, entry.location, owner)
+        return raw.view(_dtype(entry.dtype)).reshape(entry.shape)
+
+    def tensor(self, index: int) -> Any:
+        """Return variable ``index`` as a tensor of the backend."""
+        return self.backend.tensor(self.array(index))
+
+
+@contextmanager
+def rebuilding() -> Iterator[None]:
+    """Hold the lock, and put Python's random state back at the end."""
+    with LOCK:
+        state = random.getstate()
+        try:
+            yield
+        finally:
+            random.setstate(state)
+
+
+@contextmanager
+def values_at_creation(values: Values) -> Iterator[dict[int, int]]:
+    """Give variables their received value as they are created.
+
+    While the context lasts, a variable that this thread creates from an initializer
+    gets the first value not yet handed out whose name, owner's name, shape and dtype
+    are its own, and the path that goes with it; the initializer is not run. Call it
+    inside :func:`rebuilding`.
+
+    Parameters
+    ----------
+    values : Values
+
+    Yields
+    ------
+    dict of int to int
+        ``id(variable)`` to the index of the value it was given, for
+        :func:`assign_rest`; the path is only a hint, that check decides.
+    """
+    given: dict[int, int] = {}
+    if not private.feeds_at_creation():
+        yield given
+        return
+    waiting: dict[tuple[Any, ...], deque[int]] = defaultdict(deque)
+    for index, entry in enumerate(values.header.variables):
+        waiting[_hint(entry.path), entry.shape, entry.dtype].append(index)
+    builder = threading.get_ident()
+    cls = keras.Variable
+    original: Callable[[Any, Any], None] = cls._initialize_with_initializer
+
+    def initialize(variable: keras.Variable, initializer: Any) -> None:
+        if threading.get_ident() == builder:
+            queue = waiting.get((_hint(variable.path), tuple(variable._shape), variable.dtype))
+            if queue:
+                index = queue.popleft()
+                variable._initialize(values.tensor(index))
+                # optimizers name their slots after it
+                variable._path = values.header.variables[index].path
+                given[id(variable)] = index
+                return
+        original(variable, initializer)
+
+    cls._initialize_with_initializer = initialize
+    try:
+        yield given
+    finally:
+        cls._initialize_with_initializer = original
+
+
+def assign_rest(
+    variables: Sequence[keras.Variable], given: dict[int, int], values: Values
+) -> None:
+    """Check, place by place, that variable i holds value i, and assign where not.
+
+    Parameters
+    ----------
+    variables : sequence of keras.Variable
+        The rebuilt model's, in the order of the table.
+    given : dict of int to int
+        From :func:`values_at_creation`.
+    values : Values
+
+    Raises
+    ------
+    DecodeError
+        If the rebuilt variables are not those of the table.
+    """
+    table = values.header.variables
+    owner = values.header.owner
+    if len(variables) != len(table):
+        raise DecodeError(
+            f"{owner}: its config rebuilds {len(variables)} variables here where "
+            f"{len(table)} were sent; {_versions(values.header)}"
+        )
+    for index, (variable, entry) in enumerate(zip(variables, table, strict=True)):
+        if not _fits(variable, entry):
+            raise DecodeError(
+                f"{owner}: variable {index} was sent as {entry.path!r} {entry.shape} "
+                f"{entry.dtype} but is rebuilt here as {variable.path!r} "
+                f"{tuple(variable.shape)} {variable.dtype}; {_versions(values.header)}"
+            )
+        if given.get(id(variable)) != index:
+            variable.assign(values.tensor(index))
+            variable._path = entry.path
+        if variable.trainable != entry.trainable:
+            variable.trainable = entry.trainable
+
+
+def _hint(path: str) -> tuple[str, ...]:
+    # a Sequential's layers lose its name from their paths in a rebuild by Keras
+    return tuple(path.split("/")[-2:])
+
+
+def _fits(variable: keras.Variable, entry: VariableEntry) -> bool:
+    return tuple(variable.shape) == entry.shape and variable.dtype == entry.dtype
+
+
+def _versions(header: Header) -> str:
+    return (
+        f"it was sent by keras {header.versions.get('keras')}, this is keras "
+        f"{keras.version()}: use the same version on both sides"
+    )
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    try:
+        return np.dtype(name)
+    except TypeError:
+        import ml_dtypes  # float8 and bfloat16; a dependency of every keras
+
+        return np.dtype(getattr(ml_dtypes, name))
