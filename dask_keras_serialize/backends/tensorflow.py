@@ -81,10 +81,12 @@ def drop(obj: Any, state: _State) -> None:
     wrapped = [name for name, value in state.items() if isinstance(value, _DictWrapper)]
     if wrapped:
         state[_WRAPPED] = wrapped
-        dependencies = "_self_unconditional_checkpoint_dependencies"
-        names = "_self_unconditional_dependency_names"
-        state[dependencies] = [ref for ref in state[dependencies] if ref.name not in wrapped]
-        state[names] = {k: v for k, v in state[names].items() if k not in wrapped}
+    if _DEPENDENCIES in state:
+        # what was dropped from the attributes, functions above all, is tracked here too
+        gone = {name for name, value in vars(obj).items() if state.get(name) is not value}
+        gone.update(wrapped)
+        state[_DEPENDENCIES] = [ref for ref in state[_DEPENDENCIES] if ref.name not in gone]
+        state[_NAMES] = {k: v for k, v in state[_NAMES].items() if k not in gone}
     strategy = state.get("_distribution_strategy")
     if strategy is not None:
         if strategy is not _default_strategy():
@@ -104,6 +106,8 @@ def mend(obj: Any, state: _State) -> None:
             tf.__internal__.tracking.AutoTrackable.__setattr__(obj, name, vars(obj).pop(name))
 
 
+_DEPENDENCIES = "_self_unconditional_checkpoint_dependencies"
+_NAMES = "_self_unconditional_dependency_names"
 _WRAPPED = "wrapped by tensorflow"
 _DEFAULT = "the default strategy"
 
