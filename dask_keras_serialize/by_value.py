@@ -198,11 +198,11 @@ class _Load:
         writeable = body["writeable"]
         stream, *arrays = extras
         buffers = [
-            bytearray(array) if flag else array  # type: ignore[call-overload]
+            bytearray(array) if flag else array
             for array, flag in zip(arrays, writeable, strict=True)
         ]
         self.shells: dict[int, Any] = {}
-        self.unpickler = _Unpickler(self.shells, io.BytesIO(stream), buffers)
+        self.unpickler = _Unpickler(self.shells, io.BytesIO(stream.data), buffers)
 
     def run(self) -> keras.Model:
         model = self.unpickler.load()

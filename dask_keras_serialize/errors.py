@@ -7,6 +7,8 @@ on the client.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class KerasSerializeError(Exception):
     """Base of every error this package raises on purpose."""
@@ -22,3 +24,12 @@ class DecodeError(KerasSerializeError, ValueError):
 
 class MissingPackageError(KerasSerializeError, RuntimeError):
     """A worker of the cluster lacks this package."""
+
+    @classmethod
+    def on_workers(cls, addresses: Sequence[str], total: int) -> MissingPackageError:
+        """Name the workers without the package, and the way out."""
+        return cls(
+            f"Keras models cannot be sent: the package dask-keras-serialize is not installed on "
+            f"{len(addresses)} of {total} workers ({', '.join(addresses[:3])}): "
+            "pip install dask-keras-serialize there and restart them"
+        )

@@ -52,7 +52,7 @@ def loss_by_config(model: keras.Model, config: Mapping[str, Any]) -> str | None:
     layers = list(private.flatten_layers(model))
     for reason in (_shared(model), *map(_layer_loss, layers), _extra(model)):
         if reason:
-            return reason
+            return str(reason)
     if model.compiled:
         return _compile_loss(model)
     return None
@@ -97,9 +97,10 @@ def _foreign(config: Any) -> Iterator[str]:
             elif name == "function":
                 if module != "builtins" and not _of_keras(module):
                     yield f"function {config['config']!r}"
-            elif not str(name).startswith("__"):
-                if not _of_keras(module) or (registered and registered != name):
-                    yield f"class {name!r}"
+            elif not str(name).startswith("__") and (
+                not _of_keras(module) or (registered and registered != name)
+            ):
+                yield f"class {name!r}"
         for value in config.values():
             yield from _foreign(value)
     elif isinstance(config, (list, tuple)):
@@ -150,7 +151,7 @@ def _extra(layer: keras.Layer) -> str | None:
 
 
 @functools.cache
-def _stored_names(cls: type) -> frozenset[str]:
+def _stored_names(cls: Any) -> frozenset[str]:
     """Collect every name that the methods of a class and its bases assign to."""
     names: set[str] = set()
     for base in cls.__mro__:

@@ -62,7 +62,7 @@ def as_frame(array: npt.NDArray[np.generic]) -> Frame:
     """
     # view(u1), not memoryview(array): the buffer protocol has no letter for bfloat16
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return memoryview(flat).toreadonly()
+    return flat.data.toreadonly()
 
 
 def pack(arrays: Sequence[npt.NDArray[np.generic]]) -> tuple[list[Location], list[Frame]]:
@@ -90,7 +90,7 @@ def pack(arrays: Sequence[npt.NDArray[np.generic]]) -> tuple[list[Location], lis
     frames: list[Frame] = []
     arena = np.zeros(arena_size, np.uint8)
     if arena_size:
-        frames.append(memoryview(arena).toreadonly())
+        frames.append(arena.data.toreadonly())
     locations = []
     offset = 0
     for array in arrays:
@@ -235,9 +235,7 @@ def as_frames(buffers: Sequence[object], owner: str) -> list[Frame]:
     try:
         views = [memoryview(buffer) for buffer in buffers]  # type: ignore[arg-type]
         # an empty view with a zero in its shape cannot be cast
-        return [
-            (view.cast("B") if view.nbytes else memoryview(b"")).toreadonly() for view in views
-        ]
+        return [(view.cast("B") if view.nbytes else memoryview(b"")).toreadonly() for view in views]
     except TypeError as error:
         raise DecodeError(f"{owner}: a frame is not a contiguous buffer: {error}") from None
 

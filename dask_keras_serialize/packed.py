@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dask_keras_serialize.errors import MissingPackageError
+from dask_keras_serialize.errors import DecodeError, MissingPackageError
 from dask_keras_serialize.frames import Frame, as_frames
 from dask_keras_serialize.header import FORMAT, Header
 
@@ -55,7 +56,14 @@ class PackedModel:
         DecodeError
             If it cannot be rebuilt here.
         """
-        from dask_keras_serialize.protocol import decode
+        try:
+            from dask_keras_serialize.protocol import decode
+        except ImportError as error:
+            raise DecodeError(
+                f"{self.header.owner}: Keras and its backend {self.header.backend!r} are needed "
+                f"to open it and cannot be imported here ({error}): install them, as with "
+                f"pip install {FORMAT}[{self.header.backend}]"
+            ) from error
 
         return decode(self.header, self.frames)
 
@@ -77,7 +85,34 @@ class PackedModel:
         )
 
 
-def unpack(header: bytes, *buffers: object) -> keras.Model | PackedModel:
+class BrokenModel:
+    """What a worker holds in place of a model that it could not open.
+
+    An exception while a worker reads a task would close its stream to the scheduler,
+    and the next worker's, and theirs after. So the error waits here for the task that
+    uses the model, and fails that task alone.
+    """
+
+    def __init__(self, error: DecodeError) -> None:
+        self._error = error
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what Python and Dask ask of any object
+            raise AttributeError(name)
+        raise self._error
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise what opening the model raised."""
+        raise self._error
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise self._error
+
+    def __repr__(self) -> str:
+        return f"<BrokenModel: {self._error}>"
+
+
+def unpack(header: bytes, *buffers: object) -> keras.Model | PackedModel | BrokenModel:
     """Unpickle a model; on a scheduler that receives a graph, keep it closed.
 
     Parameters
@@ -87,7 +122,9 @@ def unpack(header: bytes, *buffers: object) -> keras.Model | PackedModel:
 
     Returns
     -------
-    keras.Model, or PackedModel on a scheduler
+    keras.Model
+        Or, on a scheduler, PackedModel; or, on a worker where it cannot be opened,
+        BrokenModel.
 
     Raises
     ------
@@ -96,40 +133,44 @@ def unpack(header: bytes, *buffers: object) -> keras.Model | PackedModel:
     MissingPackageError
         On a scheduler, if a worker lacks this package.
     """
-    packed = PackedModel(header, buffers)
-    scheduler = _receiving_scheduler()
-    if scheduler is None:
-        return packed.open()
-    _require_package(scheduler, packed.header.owner)
+    scheduler = _caller("distributed.scheduler", "update_graph")
+    try:
+        packed = PackedModel(header, buffers)
+        if scheduler is None:
+            return packed.open()
+    except DecodeError as error:
+        if _read_by_worker():
+            return BrokenModel(error)
+        raise
+    _require_package(scheduler["self"])
     return packed
 
 
-def _receiving_scheduler() -> Any:
-    """Return the scheduler that is unpickling a graph on this thread, or None.
+def _caller(module: str, function: str) -> dict[str, Any] | None:
+    """Return the local variables of a function if it is what calls us on this thread.
 
     In a LocalCluster client and scheduler share a process, so what tells them apart
     is who calls: ``Scheduler.update_graph`` (``distributed/scheduler.py``) unpickles
     graphs itself, in its coroutine.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if (
-            frame.f_code.co_name == "update_graph"
-            and frame.f_globals.get("__name__") == "distributed.scheduler"
-        ):
-            return frame.f_locals.get("self")
-        frame = frame.f_back  # type: ignore[assignment]
+        if frame.f_code.co_name == function and frame.f_globals.get("__name__") == module:
+            return frame.f_locals
+        frame = frame.f_back
     return None
 
 
-def _require_package(scheduler: Any, owner: str) -> None:
+def _read_by_worker() -> bool:
+    """Say whether a worker's comm is what unpickles (``distributed/comm/utils.py``)."""
+    worker = sys.modules.get("distributed.worker")
+    if worker is None or not worker.Worker._instances:
+        return False
+    return _caller("distributed.comm.utils", "_from_frames") is not None
+
+
+def _require_package(scheduler: Any) -> None:
     """Refuse a graph that workers could not unpickle: they would drop the connection."""
-    if FORMAT in scheduler.worker_plugins:  # checked and registered on every worker
-        return
     without = [ws.address for ws in scheduler.workers.values() if FORMAT not in ws.extra]
     if without:
-        raise MissingPackageError(
-            f"{owner} cannot be sent: the package {FORMAT} is not installed on "
-            f"{len(without)} of {len(scheduler.workers)} workers ({', '.join(without[:3])}): "
-            f"pip install {FORMAT} there and restart them"
-        )
+        raise MissingPackageError.on_workers(without, len(scheduler.workers))

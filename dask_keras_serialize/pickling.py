@@ -12,7 +12,6 @@ from typing import Any
 import keras
 
 from dask_keras_serialize.packed import PackedModel
-from dask_keras_serialize.protocol import encode
 
 
 def pack(model: keras.Model) -> PackedModel:
@@ -27,6 +26,9 @@ def pack(model: keras.Model) -> PackedModel:
     -----
     Copies: as :func:`dask_keras_serialize.protocol.encode`.
     """
+    # here, not above: this module is loaded as keras is, which protocol may be importing
+    from dask_keras_serialize.protocol import encode
+
     header, frames = encode(model)
     return PackedModel(header.to_bytes(), frames)
 

@@ -16,7 +16,7 @@ from keras.src.ops.function import Function
 from keras.src.ops.node import Node
 from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.utils import tracking
-from keras.src.utils.tracking import Tracker
+from keras.src.utils.tracking import Tracker as Tracker
 
 from dask_keras_serialize.errors import EncodeError
 

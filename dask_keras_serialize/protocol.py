@@ -154,7 +154,7 @@ def graph_nbytes(model: keras.Model) -> int:
 
 
 def _check_environment(header: Header) -> None:
-    here, backend = backends.current()
+    here, _ = backends.current()
     if header.backend not in backends.NAMES:
         raise DecodeError(f"{header.owner}: sent from an unknown backend {header.backend!r}")
     if header.backend != here:

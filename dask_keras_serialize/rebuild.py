@@ -120,9 +120,7 @@ def values_at_creation(values: Values) -> Iterator[dict[int, int]]:
         cls._initialize_with_initializer = original
 
 
-def assign_rest(
-    variables: Sequence[keras.Variable], given: dict[int, int], values: Values
-) -> None:
+def assign_rest(variables: Sequence[keras.Variable], given: dict[int, int], values: Values) -> None:
     """Check, place by place, that variable i holds value i, and assign where not.
 
     Parameters
@@ -181,4 +179,5 @@ def _dtype(name: str) -> np.dtype[Any]:
     except TypeError:
         import ml_dtypes  # float8 and bfloat16; a dependency of every keras
 
-        return np.dtype(getattr(ml_dtypes, name))
+        dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+        return dtype

@@ -19,27 +19,32 @@ What is taken, and what of it is private (each has a test that fails when it mov
   100 kB, but gives the task no priority, so that the scheduler raises
   AssertionError, and names it after the keyword alone, so that two models would be
   taken for one (``distributed/client.py``, ``_MapExpr._layer``).
+- ``Client.scatter`` and ``Client.submit``: ask first whether all workers have this
+  package.
+- the "error" family of serializers, public: adds our name to the error of a worker
+  that returned a model through distributed's old handler.
 - ``DEFAULT_STARTUP_INFORMATION`` of ``distributed.worker``, public: workers tell the
-  scheduler that they have this package.
+  scheduler that they have this package, registered or not.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
-import logging
 import sys
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import wrapt
 
-from dask_keras_serialize.header import FORMAT, package_version
-
-if TYPE_CHECKING:
-    import keras
-
-logger = logging.getLogger(__name__)
+from dask_keras_serialize.cluster import announce, explain_error, wrap_client
+from dask_keras_serialize.handlers import (
+    deserialize_keras_model,
+    serialize_keras_model,
+    sizeof_model,
+    tokenize_model,
+)
+from dask_keras_serialize.header import FORMAT
 
 #: Whether the slots are ours.
 _registered = False
@@ -58,6 +63,7 @@ def on_dask_import(sizeof: Any) -> None:
     """
     from dask import config
 
+    wrapt.register_post_import_hook(announce, "distributed.worker")
     if config.get(f"{FORMAT}.register", True):
         register()
     elif not _registered:
@@ -68,11 +74,11 @@ def on_dask_import(sizeof: Any) -> None:
 
 def imported_by_dask() -> bool:
     """Say whether dask's entry points are what is importing the package right now."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_globals.get("__name__") == "dask.sizeof":
             return True
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False
 
 
@@ -126,16 +132,26 @@ def _take_keras(keras: Any) -> None:
 
 
 def _take_tokens(tokenize: Any) -> None:
-    _take("tokenize", tokenize.normalize_token, _tokenize_model)
+    _take("tokenize", tokenize.normalize_token, tokenize_model)
 
 
 def _take_sizes(sizeof: Any) -> None:
-    _take("sizeof", sizeof.sizeof, _sizeof_model)
+    _take("sizeof", sizeof.sizeof, sizeof_model)
 
 
 def _take_serializers(protocol: Any) -> None:
     _take("serialize", protocol.dask_serialize, serialize_keras_model)
     _take("deserialize", protocol.dask_deserialize, deserialize_keras_model)
+    if "error" not in _before:
+        original = protocol.serialize.__globals__["families"]["error"][1]
+        family = protocol.register_serialization_family
+        family("error", None, functools.partial(explain_error, original))
+        _before["error"] = functools.partial(family, "error", None, original)
+
+
+def _take_client(client: Any) -> None:
+    if "client" not in _before:
+        _before["client"] = wrap_client(client.Client)
 
 
 def _take(slot: str, dispatch: Any, handler: Callable[..., Any]) -> None:
@@ -169,7 +185,9 @@ def _take(slot: str, dispatch: Any, handler: Callable[..., Any]) -> None:
 def _forget_models(dispatch: Any) -> None:
     """Drop what a Dispatch has registered or cached for Model and its subclasses."""
     model = _model_class()
-    for cls in [cls for cls in dispatch._lookup if isinstance(cls, type) and issubclass(cls, model)]:
+    for cls in [
+        cls for cls in dispatch._lookup if isinstance(cls, type) and issubclass(cls, model)
+    ]:
         del dispatch._lookup[cls]
 
 
@@ -180,140 +198,10 @@ def _model_class() -> type:
     return model
 
 
-def serialize_keras_model(model: keras.Model) -> tuple[dict[str, Any], list[memoryview]]:
-    """Serialize a model for Dask's family of serializers.
-
-    Parameters
-    ----------
-    model : keras.Model
-
-    Returns
-    -------
-    header : dict
-        Plain values, safe for msgpack.
-    frames : list of memoryview
-        Read-only; see :func:`dask_keras_serialize.protocol.encode` for copies.
-
-    Raises
-    ------
-    EncodeError
-        If the model cannot travel without losing something.
-    """
-    from dask_keras_serialize.protocol import encode
-
-    header, frames = encode(model)
-    return header.to_wire() | _FOR_PROCESSES_WITHOUT_US, list(frames)
-
-
-def deserialize_keras_model(header: dict[str, Any], frames: list[Any]) -> keras.Model:
-    """Deserialize what :func:`serialize_keras_model` wrote.
-
-    Parameters
-    ----------
-    header : dict
-    frames : list of objects with the buffer protocol
-        Only read; the model keeps none of them.
-
-    Returns
-    -------
-    keras.Model
-
-    Raises
-    ------
-    DecodeError
-        If header and frames are not whole, or the model cannot be rebuilt here.
-    """
-    from dask_keras_serialize.header import Header
-    from dask_keras_serialize.protocol import decode
-
-    return decode(Header.from_wire(header), frames)
-
-
-#: Where this package is missing, distributed's own handler for Keras 1.2 reads these
-#: two keys, looks the serializer up by its name, and fails with that name.
-_FOR_PROCESSES_WITHOUT_US = {
-    "headers": [
-        {"serializer": f"{FORMAT} is not installed in this process: pip install {FORMAT} there"}
-    ],
-    "nframes": [0],
-}
-
-
-def _sizeof_model(model: keras.Model) -> int:
-    from dask_keras_serialize.protocol import graph_nbytes, nbytes
-
-    return nbytes(model) + graph_nbytes(model)
-
-
-def _tokenize_model(model: keras.Model) -> Any:
-    from dask_keras_serialize.pickling import pack
-
-    return pack(model).__dask_tokenize__()
-
-
-def _take_client(client: Any) -> None:
-    cls = client.Client
-    original = cls.map
-    if "Client.map" in _before:
-        return
-
-    def restore() -> None:
-        cls.map = original
-
-    cls.map = _with_models_as_tasks(original)
-    _before["Client.map"] = restore
-
-
-def _with_models_as_tasks(original: Callable[..., Any]) -> Callable[..., Any]:
-    from dask.base import tokenize
-
-    own = inspect.signature(original).parameters
-
-    @functools.wraps(original)
-    def map(self: Any, func: Callable[..., Any], *iterables: Any, **kwargs: Any) -> Any:  # noqa: A001
-        placed = {k: kwargs[k] for k in ("workers", "allow_other_workers") if k in kwargs}
-        for name, value in kwargs.items():
-            if name not in own and _holds_model(value):
-                key = f"keras-model-{tokenize(value)}"
-                kwargs[name] = self.submit(_identity, value, key=key, **placed)
-        return original(self, func, *iterables, **kwargs)
-
-    return map
-
-
-def _identity(value: Any) -> Any:
-    return value
-
-
-def _holds_model(value: Any, depth: int = 3) -> bool:
-    """Say whether a value is a model, or a plain container of one."""
-    if "keras" not in sys.modules:
-        return False
-    if isinstance(value, _model_class()):
-        return True
-    items: Iterable[Any] = ()
-    if type(value) is dict:
-        items = value.values()
-    elif type(value) in (list, tuple, set):
-        items = value
-    return depth > 0 and any(_holds_model(item, depth - 1) for item in items)
-
-
-def _take_worker(worker: Any) -> None:
-    information = worker.DEFAULT_STARTUP_INFORMATION
-    information[FORMAT] = _say_installed
-    _before["worker"] = lambda: information.pop(FORMAT, None)
-
-
-async def _say_installed(worker: Any) -> str:
-    return package_version()
-
-
 _TAKERS: dict[str, Callable[[Any], None]] = {
     "dask.sizeof": _take_sizes,
     "dask.tokenize": _take_tokens,
     "distributed.protocol": _take_serializers,
     "distributed.client": _take_client,
-    "distributed.worker": _take_worker,
     "keras": _take_keras,
 }

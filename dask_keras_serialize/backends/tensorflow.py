@@ -75,7 +75,7 @@ def tensor(array: Array) -> tf.Tensor:
     if array.dtype == tf.bfloat16.as_numpy_dtype:
         bits = own.view(np.uint16).reshape(array.shape)
         return tf.bitcast(tf.experimental.dlpack.from_dlpack(bits.__dlpack__()), tf.bfloat16)
-    typed = own.view(array.dtype).reshape(array.shape)
+    typed: Any = own.view(array.dtype).reshape(array.shape)
     return tf.experimental.dlpack.from_dlpack(typed.__dlpack__())
 
 

@@ -1,0 +1,128 @@
+"""What a cluster needs beside handlers: models as tasks, and a word on who lacks us.
+
+Wraps public methods of ``distributed.Client`` and the "error" family of serializers;
+:mod:`dask_keras_serialize.registration` puts the wrappers in place.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Any
+
+from dask_keras_serialize.errors import MissingPackageError
+from dask_keras_serialize.header import FORMAT, package_version
+from dask_keras_serialize.packed import BrokenModel
+
+
+def explain_error(original: Callable[..., Any], header: Any, frames: Any) -> None:
+    """Raise what another process failed with, by our name if it is for want of us."""
+    try:
+        original(header, frames)
+    except TypeError as error:
+        if "distributed/protocol/keras.py" not in str(error):
+            raise
+        raise MissingPackageError(
+            f"a Keras model could not be sent by a process without {FORMAT}: "
+            f"pip install {FORMAT} on every worker and restart them"
+        ) from error
+
+
+def wrap_client(cls: Any) -> Callable[[], None]:
+    """Wrap ``map``, ``scatter`` and ``submit`` of Client; return what unwraps them.
+
+    Parameters
+    ----------
+    cls : type
+        ``distributed.Client``.
+
+    Returns
+    -------
+    callable
+        Puts the original methods back.
+    """
+    originals = {name: getattr(cls, name) for name in ("map", "scatter", "submit")}
+
+    def unwrap() -> None:
+        for name, method in originals.items():
+            setattr(cls, name, method)
+
+    cls.map = _with_models_as_tasks(originals["map"])
+    cls.scatter = _with_check(originals["scatter"])
+    cls.submit = _with_check(originals["submit"])
+    return unwrap
+
+
+def _with_models_as_tasks(original: Callable[..., Any]) -> Callable[..., Any]:
+    from dask.base import tokenize
+
+    own = inspect.signature(original).parameters
+
+    @functools.wraps(original)
+    def map(self: Any, func: Callable[..., Any], *iterables: Any, **kwargs: Any) -> Any:
+        placed = {k: kwargs[k] for k in ("workers", "allow_other_workers") if k in kwargs}
+        for name, value in kwargs.items():
+            if name not in own and _holds_model(value):
+                key = f"keras-model-{tokenize(value)}"
+                kwargs[name] = self.submit(_identity, value, key=key, **placed)
+        return original(self, func, *iterables, **kwargs)
+
+    return map
+
+
+def _with_check(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _holds_model(list(args)) or _holds_model(kwargs):
+            _require_package(self)
+        return original(self, *args, **kwargs)
+
+    return checked
+
+
+def _require_package(client: Any) -> None:
+    """Raise on the client if a worker of its cluster lacks this package."""
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    without = [address for address, worker in workers.items() if FORMAT not in worker]
+    if without:
+        raise MissingPackageError.on_workers(without, len(workers))
+
+
+def _identity(value: Any) -> Any:
+    if isinstance(value, BrokenModel):
+        value()
+    return value
+
+
+def _holds_model(value: Any, depth: int = 3) -> bool:
+    """Say whether a value is a model, or a plain container with one among its first."""
+    keras = sys.modules.get("keras")
+    if keras is None:
+        return False
+    if isinstance(value, keras.Model):
+        return True
+    items: Iterable[Any] = ()
+    if type(value) is dict:
+        items = value.values()
+    elif type(value) in (list, tuple, set):
+        items = value
+    # the first few: scattering a million numbers should not wait for us
+    return depth > 0 and any(_holds_model(item, depth - 1) for item in islice(items, 32))
+
+
+def announce(worker: Any) -> None:
+    """Let workers tell their scheduler that they have this package.
+
+    Parameters
+    ----------
+    worker : module
+        ``distributed.worker``.
+    """
+    worker.DEFAULT_STARTUP_INFORMATION[FORMAT] = _version
+
+
+async def _version(worker: Any) -> str:
+    return package_version()

@@ -1,0 +1,75 @@
+"""What Dask asks of a value, answered for Keras models.
+
+Serialize and deserialize it, weigh it, name it. Loads neither Keras nor a backend
+until it is given a model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import keras
+
+
+def serialize_keras_model(model: keras.Model) -> tuple[dict[str, Any], list[memoryview]]:
+    """Serialize a model for Dask's family of serializers.
+
+    Parameters
+    ----------
+    model : keras.Model
+
+    Returns
+    -------
+    header : dict
+        Plain values, safe for msgpack.
+    frames : list of memoryview
+        Read-only; see :func:`dask_keras_serialize.protocol.encode` for copies.
+
+    Raises
+    ------
+    EncodeError
+        If the model cannot travel without losing something.
+    """
+    from dask_keras_serialize.protocol import encode
+
+    header, frames = encode(model)
+    return header.to_wire(), list(frames)
+
+
+def deserialize_keras_model(header: dict[str, Any], frames: list[Any]) -> keras.Model:
+    """Deserialize what :func:`serialize_keras_model` wrote.
+
+    Parameters
+    ----------
+    header : dict
+    frames : list of objects with the buffer protocol
+        Only read; the model keeps none of them.
+
+    Returns
+    -------
+    keras.Model
+
+    Raises
+    ------
+    DecodeError
+        If header and frames are not whole, or the model cannot be rebuilt here.
+    """
+    from dask_keras_serialize.header import Header
+    from dask_keras_serialize.protocol import decode
+
+    return decode(Header.from_wire(header), frames)
+
+
+def sizeof_model(model: keras.Model) -> int:
+    """Count the bytes of all variables, uncopied, and of the objects around them."""
+    from dask_keras_serialize.protocol import graph_nbytes, nbytes
+
+    return nbytes(model) + graph_nbytes(model)
+
+
+def tokenize_model(model: keras.Model) -> Any:
+    """Return what tells models apart: header and bytes, which Dask then hashes."""
+    from dask_keras_serialize.pickling import pack
+
+    return pack(model).__dask_tokenize__()
