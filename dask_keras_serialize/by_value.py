@@ -17,6 +17,7 @@ Caches are dropped (traced functions, losses of the last call) and what Keras ke
 
 from __future__ import annotations
 
+import copyreg
 import io
 import pickle
 import types
@@ -34,12 +35,17 @@ from dask_keras_serialize.private import SHELLS, State, Tracker, menders
 from dask_keras_serialize.rebuild import Values, rebuilding
 
 
-def dump(model: keras.Model) -> tuple[dict[str, Any], list[keras.Variable], list[Array]]:
+def dump(
+    model: keras.Model, *, for_token: bool = False
+) -> tuple[dict[str, Any], list[keras.Variable], list[Array]]:
     """Describe a model by the graph of its objects.
 
     Parameters
     ----------
     model : keras.Model
+    for_token : bool
+        Leave out what differs from process to process: cloudpickle's random id of a
+        class that travels by value. What results cannot be loaded.
 
     Returns
     -------
@@ -59,7 +65,7 @@ def dump(model: keras.Model) -> tuple[dict[str, Any], list[keras.Variable], list
     -----
     Copies: none of variables' or arrays' bytes.
     """
-    return _Dump(model).run()
+    return _Dump(model, for_token).run()
 
 
 def load(body: dict[str, Any], values: Values, extras: list[Array]) -> keras.Model:
@@ -104,8 +110,9 @@ def load(body: dict[str, Any], values: Values, extras: list[Array]) -> keras.Mod
 class _Dump:
     """One model on its way out."""
 
-    def __init__(self, model: keras.Model) -> None:
+    def __init__(self, model: keras.Model, for_token: bool) -> None:
         self.model = model
+        self.for_token = for_token
         self.stream = io.BytesIO()
         self.buffers: list[pickle.PickleBuffer] = []
         self.objects: list[Any] = []
@@ -135,6 +142,9 @@ class _Dump:
         """Return the number of an object's shell, a new one at first sight."""
         number = self.index.get(id(obj))
         if number is None:
+            # caches __slotnames__ on the class, which changes the class's own pickle:
+            # now, or tokens would differ from the first to the second (as in dask/tokenize.py)
+            copyreg._slotnames(type(obj))  # type: ignore[attr-defined]
             number = self.index[id(obj)] = len(self.objects)
             self.objects.append(obj)
         return number
@@ -268,7 +278,15 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         reduced = self._dump.backend.reduce(obj)
         if reduced is not None:
             return reduced
-        return super().reducer_override(obj)
+        reduced = super().reducer_override(obj)
+        if self._dump.for_token and isinstance(obj, type) and isinstance(reduced, tuple):
+            function, arguments, *rest = reduced
+            name = f"{obj.__module__}.{obj.__qualname__}"
+            tracker = getattr(cloudpickle.cloudpickle, "_DYNAMIC_CLASS_TRACKER_BY_CLASS", {})
+            known = tracker.get(obj)
+            arguments = tuple(name if known and a == known else a for a in arguments)
+            return (function, arguments, *rest)
+        return reduced
 
 
 class _Unpickler(pickle.Unpickler):

@@ -113,7 +113,10 @@ def _of_keras(module: object) -> bool:
 
 
 def _shared(model: keras.Model) -> str | None:
-    """Find a layer reached through two parents: a config makes two of it."""
+    """Find a layer or variable reached through two parents: a config makes two of it."""
+    owned = [v for layer in [model, *private.flatten_layers(model)] for v in private.own(layer)]
+    if len({id(v) for v in owned}) < len(owned):
+        return "two of its layers share a variable"
     seen: set[int] = set()
     parents = [model]
     while parents:
@@ -144,7 +147,7 @@ def _layer_loss(layer: keras.Layer) -> str | None:
 
 def _extra(layer: keras.Layer) -> str | None:
     """Find attributes that no method of the layer's class sets."""
-    extra = vars(layer).keys() - _stored_names(type(layer)) - _SET_FROM_OUTSIDE
+    extra = vars(layer).keys() - _stored_names(layer.__class__) - _SET_FROM_OUTSIDE
     if extra:
         return f"attribute {min(extra)!r} was set on {layer.name!r} from outside"
     return None
@@ -200,7 +203,7 @@ def _compile_loss(model: keras.Model) -> str | None:
         return "its optimizer was built for other variables than are trainable now"
     for key in ("optimizer", "loss", "loss_weights", "metrics", "weighted_metrics"):
         for value in _leaves(arguments[key]):
-            if callable(value) and not isinstance(value, (str, types.FunctionType)):
+            if hasattr(value, "get_config"):
                 lost = _attribute_lost(value)
                 if lost:
                     return f"the config of {key} {type(value).__name__!r} loses {lost!r}"
@@ -225,15 +228,24 @@ def _leaves(value: Any) -> Iterator[Any]:
 def _attribute_lost(value: Any) -> str | None:
     """Rebuild a small object from its config and compare what it remembers."""
     twin = type(value).from_config(value.get_config())
-    ours, theirs = vars(value), vars(twin)
-    for name in ours.keys() | theirs.keys():
-        if not _alike(ours.get(name), theirs.get(name), depth=4):
+    ours: dict[str, Any] = vars(value)
+    theirs: dict[str, Any] = vars(twin)
+    for name in sorted(ours.keys() | theirs.keys()):
+        if not name.startswith(_PROGRESS) and not _alike(ours.get(name), theirs.get(name), depth=4):
             return name
     return None
 
 
-#: Attributes that say how far an object has come, which its variables carry.
-_PROGRESS = frozenset({"built", "_built"})
+#: Attributes, by how they begin, that say how far an object has come, which its
+#: variables carry; and what Keras and TensorFlow keep to find those.
+_PROGRESS = (
+    "built",
+    "_built",
+    "_exclude_from_weight_decay_cache",
+    "_self_",
+    "_tracker",
+    "_trainable_variables_indices",
+)
 
 
 def _alike(a: Any, b: Any, depth: int) -> bool:
@@ -250,11 +262,10 @@ def _alike(a: Any, b: Any, depth: int) -> bool:
         return False
     if isinstance(a, (types.FunctionType, type, str, int, float, complex, bytes, set, frozenset)):
         return bool(a is b or a == b)
-    if depth and hasattr(a, "__dict__"):
-        return all(
-            _alike(vars(a).get(k), vars(b).get(k), depth - 1) for k in vars(a).keys() | vars(b)
-        )
-    return True
+    if hasattr(a, "__dict__"):
+        names = vars(a).keys() | vars(b).keys()
+        return depth > 0 and all(_alike(vars(a).get(k), vars(b).get(k), depth - 1) for k in names)
+    return bool(a == b)
 
 
 def _holds_variables(value: Any) -> bool:

@@ -88,8 +88,9 @@ def pack(arrays: Sequence[npt.NDArray[np.generic]]) -> tuple[list[Location], lis
     small = [array for array in arrays if array.nbytes < LARGE]
     arena_size = sum(_aligned(array.nbytes) for array in small)
     frames: list[Frame] = []
-    arena = np.zeros(arena_size, np.uint8)
-    if arena_size:
+    # never of no bytes: comms have trouble with frames that are empty
+    arena = np.zeros(max(arena_size, ALIGNMENT), np.uint8)
+    if small:
         frames.append(arena.data.toreadonly())
     locations = []
     offset = 0

@@ -70,6 +70,8 @@ def sizeof_model(model: keras.Model) -> int:
 
 def tokenize_model(model: keras.Model) -> Any:
     """Return what tells models apart: header and bytes, which Dask then hashes."""
-    from dask_keras_serialize.pickling import pack
+    from dask_keras_serialize.packed import PackedModel
+    from dask_keras_serialize.protocol import encode
 
-    return pack(model).__dask_tokenize__()
+    header, frames = encode(model, for_token=True)
+    return PackedModel(header.to_bytes(), frames).__dask_tokenize__()

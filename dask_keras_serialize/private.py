@@ -33,6 +33,14 @@ KERAS = {
         "keras/src/layers/layer.py",
         "encoding by config is not chosen",
     ),
+    "Layer._trainable_variables": (
+        "keras/src/layers/layer.py",
+        "encoding by config is not chosen",
+    ),
+    "Function._outputs_struct": (
+        "keras/src/ops/function.py",
+        "models with built metrics are encoded by value",
+    ),
     "Trainer._compile_config": (
         "keras/src/trainers/trainer.py",
         "compiled models are encoded by value",
@@ -82,6 +90,12 @@ def feeds_at_creation() -> bool:
 def flatten_layers(model: keras.Model) -> Iterator[keras.Layer]:
     """Yield the model's layers at every depth, each once, itself left out."""
     yield from model._flatten_layers(include_self=False, recursive=True)
+
+
+def own(layer: keras.Layer) -> list[keras.Variable]:
+    """Return the variables a layer holds itself, seeds among them, sublayers' not."""
+    seeds = [generator.state for generator in layer._seed_generators]
+    return [*layer._trainable_variables, *layer._non_trainable_variables, *seeds]
 
 
 def compile_arguments(model: keras.Model) -> dict[str, Any]:

@@ -31,13 +31,16 @@ from dask_keras_serialize.rebuild import Values
 logger = logging.getLogger(__name__)
 
 
-def encode(model: keras.Model) -> tuple[Header, list[Frame]]:
+def encode(model: keras.Model, *, for_token: bool = False) -> tuple[Header, list[Frame]]:
     """Turn a model into a header and frames.
 
     Parameters
     ----------
     model : keras.Model
         Left as it is.
+    for_token : bool
+        Make the bytes the same in every process, at the price that nobody can decode
+        them; see :func:`dask_keras_serialize.by_value.dump`.
 
     Returns
     -------
@@ -62,7 +65,7 @@ def encode(model: keras.Model) -> tuple[Header, list[Frame]]:
     encoding: Encoding = "config"
     if isinstance(described, str):
         logger.debug("%s goes by value: %s", owner, described)
-        encoding, described = "value", by_value.dump(model)
+        encoding, described = "value", by_value.dump(model, for_token=for_token)
     body, variables, extras = described
     arrays = [backend.view(variable) for variable in variables]
     for variable in variables:

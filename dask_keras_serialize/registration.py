@@ -46,8 +46,8 @@ from dask_keras_serialize.handlers import (
 )
 from dask_keras_serialize.header import FORMAT
 
-#: Whether the slots are ours.
-_registered = False
+#: Whether the slots are ours; None until somebody says.
+_registered: bool | None = None
 
 #: What stood in each slot, by the slot, for :func:`unregister`.
 _before: dict[str, Callable[[], None]] = {}
@@ -64,9 +64,11 @@ def on_dask_import(sizeof: Any) -> None:
     from dask import config
 
     wrapt.register_post_import_hook(announce, "distributed.worker")
+    if _registered is not None:  # the user, who imported us first, has said
+        return
     if config.get(f"{FORMAT}.register", True):
         register()
-    elif not _registered:
+    else:
         # dask imported the package, not the user: let an import by the user still
         # run, and register
         sys.modules.pop("dask_keras_serialize", None)
@@ -99,7 +101,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Put back what stood in every slot before :func:`register`."""
+    """Put back what stood in every slot, until :func:`register` is called again."""
     global _registered
     _registered = False
     for restore in _before.values():
@@ -109,7 +111,7 @@ def unregister() -> None:
 
 def registered() -> bool:
     """Say whether the slots are ours in this process."""
-    return _registered
+    return bool(_registered)
 
 
 @functools.cache
@@ -143,7 +145,8 @@ def _take_serializers(protocol: Any) -> None:
     _take("serialize", protocol.dask_serialize, serialize_keras_model)
     _take("deserialize", protocol.dask_deserialize, deserialize_keras_model)
     if "error" not in _before:
-        original = protocol.serialize.__globals__["families"]["error"][1]
+        # not protocol.serialize, which is the function of that name
+        original = sys.modules["distributed.protocol.serialize"].families["error"][1]
         family = protocol.register_serialization_family
         family("error", None, functools.partial(explain_error, original))
         _before["error"] = functools.partial(family, "error", None, original)

@@ -1,0 +1,113 @@
+"""Fixtures: an environment without Keras, and a cluster of processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras  # noqa: F401  the suite fails where it is missing; nothing is skipped
+import pytest
+from distributed import Client
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel of this checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="session")
+def core_bin(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Install the wheel, and nothing else, into an environment of its own."""
+    folder = tmp_path_factory.mktemp("core")
+    venv.create(folder, with_pip=True)
+    pip = [str(folder / "bin" / "pip"), "install", "--quiet", str(wheel)]
+    subprocess.run(pip, check=True, capture_output=True, timeout=240)
+    return folder / "bin"
+
+
+class Processes:
+    """Processes that are ended, each by its id, whatever happens."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._running: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
+
+    def start(self, *command: str | Path, env: dict[str, str] | None = None) -> None:
+        log = (self._logs / f"{len(self._running)}.log").open("wb")
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | (env or {}),
+        )
+        self._running.append((process, log))
+
+    def log(self, number: int) -> str:
+        return (self._logs / f"{number}.log").read_text()
+
+    def stop(self) -> None:
+        for process, _ in reversed(self._running):
+            process.terminate()
+        for process, log in self._running:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            log.close()
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    running = Processes(tmp_path)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def address(core_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A scheduler in an environment without Keras, and two workers with it."""
+    folder = tmp_path_factory.mktemp("cluster")
+    running = Processes(folder)
+    try:
+        yield start_cluster(running, core_bin, Path(sys.executable).parent, folder)
+    finally:
+        running.stop()
+
+
+def start_cluster(running: Processes, scheduler: Path, worker: Path, folder: Path) -> str:
+    """Start `dask scheduler` and two `dask worker`, and return the address."""
+    file = folder / "scheduler.json"
+    running.start(
+        scheduler / "dask", "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
+        "--scheduler-file", file,
+    )  # fmt: skip
+    for _ in range(2):
+        running.start(
+            worker / "dask", "worker", "--scheduler-file", file, "--nthreads", "1",
+            "--no-dashboard", "--no-nanny", "--local-directory", folder, "--memory-limit", "4GiB",
+        )  # fmt: skip
+    with Client(scheduler_file=str(file), timeout=60) as client:
+        client.wait_for_workers(2, timeout=60)
+        address: str = client.scheduler.address
+    return address
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[Client]:
+    with Client(address) as client:
+        yield client

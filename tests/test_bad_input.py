@@ -1,0 +1,170 @@
+"""What a comm may deliver: each case is one clear error, and nothing half made."""
+
+import copy
+import json
+
+import keras
+import msgpack
+import pytest
+from distributed import protocol
+
+from dask_keras_serialize import by_value
+from dask_keras_serialize.errors import DecodeError
+from dask_keras_serialize.handlers import deserialize_keras_model, serialize_keras_model
+from tests import zoo
+
+KINDS = ["trained", "trained subclassed"]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def good(request):
+    model = zoo.build(request.param)
+    # large enough for frames of its own beside the arena
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((200,)),
+            keras.layers.Dense(200),
+            keras.layers.Dense(200),
+            keras.layers.Dense(3),
+        ]
+    )
+    if request.param == "trained subclassed":
+        model.note = 1  # by value
+    header, frames = serialize_keras_model(model)
+    assert header["encoding"] == ("config" if request.param == "trained" else "value")
+    return header, [bytes(frame) for frame in frames]
+
+
+def refused(header, frames, message):
+    """Fail unless it is refused with one line that matches."""
+    before = keras.Variable._initialize_with_initializer
+    wire = msgpack.unpackb(msgpack.packb(header), use_list=False)
+    with pytest.raises(DecodeError, match=message) as info:
+        deserialize_keras_model(wire, frames)
+    assert "\n" not in str(info.value)
+    assert keras.Variable._initialize_with_initializer is before
+
+
+def test_good_is_good(good):
+    header, frames = good
+    assert isinstance(deserialize_keras_model(header, frames), keras.Sequential)
+
+
+def test_frames(good):
+    header, frames = good
+    owner = r"model 'sequential\w*' \(keras.src.models.sequential.Sequential\)"
+    refused(header, frames[:-1], f"{owner}: . frames arrived where .* were sent")
+    refused(header, [*frames, b"x"], f"{owner}: . frames arrived where")
+    refused(header, [], f"{owner}: 0 frames arrived where")
+    refused(header, [frames[0], frames[2], frames[1], *frames[3:]], f"{owner}: frame 1 .*order")
+    refused(header, [frames[1], frames[0], *frames[2:]], f"{owner}: frame 0 .*order")
+    refused(header, [frames[0][:-1], *frames[1:]], f"{owner}: frame 0 has .*truncated")
+    refused(header, [frames[0] + b"x", *frames[1:]], f"{owner}: frame 0 has")
+    refused(header, [frames[0], frames[1][:-1] + b"\xff", *frames[2:]], f"{owner}: frame 1 does")
+    refused(header, ["text", *frames[1:]], f"{owner}: a frame is not a contiguous buffer")
+
+
+def changed(header, **changes):
+    return copy.deepcopy(header) | {k.replace("_", "-"): v for k, v in changes.items()}
+
+
+def test_versions_and_backends(good):
+    header, frames = good
+    refused(changed(header, format="pickle"), frames, "not a header written by")
+    refused(changed(header, format_version=99), frames, "wire format 99 cannot be read")
+    refused(changed(header, backend="abacus"), frames, "unknown backend 'abacus'")
+    refused(changed(header, backend="jax"), frames, "sent from the backend 'jax', but Keras runs")
+    refused({}, frames, "not a header written by")
+
+
+def test_by_value_wants_the_same_minor_versions(good):
+    header, frames = good
+    other = changed(header, versions=header["versions"] | {"keras": "3.1.0"})
+    if header["encoding"] == "value":
+        refused(other, frames, "sent by value from keras 3.1.0, which keras 3.* here cannot read")
+    else:
+        deserialize_keras_model(other, frames)
+
+
+def test_a_table_that_lies(good):
+    header, frames = good
+    table = [list(row) for row in header["variables"]]
+
+    def row(index, **fields):
+        lie = copy.deepcopy(table)
+        for position, value in fields.items():
+            lie[index][int(position[1:])] = value
+        return changed(header, variables=lie)
+
+    refused(row(0, _1=[200, 201]), frames, r"variable '.*kernel' .*takes 160800 bytes, but 160000")
+    refused(row(0, _2="float64"), frames, "takes 320000 bytes, but 160000")
+    refused(row(0, _6=10**12, _1=[10**12], _2="int8"), frames, "its bytes are said to lie|sent as")
+    refused(row(0, _5=64), frames, "its bytes are said to lie at 64:160064")
+    refused(row(0, _4=99), frames, "its bytes are said to lie in frame 99")
+
+
+def test_a_table_that_does_not_fit_the_config():
+    keras.utils.set_random_seed(0)
+    stack = [keras.layers.Dense(200), keras.layers.Dense(200), keras.layers.Dense(3)]
+    header, frames = serialize_keras_model(keras.Sequential([keras.Input((200,)), *stack]))
+    table = [list(row) for row in header["variables"]]
+    refused(changed(header, variables=table[:-1]), frames, "rebuilds 6 variables here where 5")
+    swapped = [table[1], table[0], *table[2:]]
+    refused(changed(header, variables=swapped), frames, "variable 0 was sent as '.*bias'.*rebuilt")
+
+
+def test_a_body_that_lies(good):
+    header, frames = good
+    for body in ({}, {"extras": 3}, {"extras": [[0]]}, {"extras": [["a", 0, 1]]}):
+        refused(changed(header, body=body), frames, "malformed header|cannot be rebuilt")
+    refused(
+        changed(header, body=header["body"] | {"extras": [[0, 0, 10**9]]}), frames,
+        "its bytes are said to lie|cannot be rebuilt",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("Dense", "Dance"),
+        ('"module": "keras.layers"', '"module": "os"'),
+        ('"units": 200', '"units": -1'),
+        ('"units": 200', '"units": 300'),
+        ("{", "["),
+    ],
+)
+def test_a_config_that_lies(old, new):
+    model = keras.Sequential([keras.Input((200,)), keras.layers.Dense(200)])
+    header, frames = serialize_keras_model(model)
+    body = header["body"] | {"config": header["body"]["config"].replace(old, new)}
+    refused(changed(header, body=body), frames, "rebuilt")
+
+
+def test_a_config_cannot_run_code(monkeypatch):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    header, frames = serialize_keras_model(model)
+    config = json.loads(header["body"]["config"])
+    dense = config["model"]["config"]["layers"][1]["config"]
+    dense["activation"] = {"class_name": "__lambda__", "config": {"value": "x"}}
+    body = header["body"] | {"config": json.dumps(config)}
+    refused(changed(header, body=body), frames, "lambda")
+
+
+def test_a_truncated_pickle_is_an_error_not_half_a_model():
+    model = zoo.build("subclassed")
+    body, _, extras = by_value.dump(model)
+    for keep in (0, 1, 10, len(extras[0]) // 2, len(extras[0]) - 1):
+        values = type("Values", (), {"header": Named, "tensor": None, "backend": None})
+        with pytest.raises(DecodeError, match="cannot be rebuilt by value"):
+            by_value.load(body, values, [extras[0][:keep].copy(), *extras[1:]])
+
+
+class Named:
+    owner = "model 'm'"
+
+
+def test_another_family_hands_the_error_on():
+    header, frames = protocol.serialize(zoo.build("sequential"))
+    with pytest.raises(DecodeError):
+        protocol.deserialize(header, frames[:-1])

@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+
+from dask_keras_serialize import frames
+from dask_keras_serialize.errors import DecodeError
+from dask_keras_serialize.frames import ALIGNMENT, LARGE, Location
+
+SMALL = np.arange(5, dtype="float32")
+BIG = np.arange(LARGE, dtype="uint8")
+
+
+def check_pack(arrays):
+    """Pack, and fail unless every location gives the array's bytes back."""
+    locations, parts = frames.pack(arrays)
+    for array, location in zip(arrays, locations, strict=True):
+        assert frames.unpack(parts, location, "it").tobytes() == array.tobytes()
+    return locations, parts
+
+
+def test_large_arrays_are_views_and_small_ones_share_one_aligned_arena():
+    arrays = [SMALL, BIG, SMALL + 1, BIG[::-1].copy(), np.float32(3).reshape(())]
+    locations, parts = check_pack(arrays)
+    assert len(parts) == 3
+    assert [location.frame for location in locations] == [0, 1, 0, 2, 0]
+    assert all(location.offset % ALIGNMENT == 0 for location in locations)
+    assert address(parts[1]) == arrays[1].ctypes.data
+    assert address(parts[2]) == arrays[3].ctypes.data
+    assert all(part.readonly and part.format == "B" for part in parts)
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [[], [np.zeros((0, 3), "float32")], [BIG], [np.array(True)], [np.zeros((2, 0)), SMALL]],
+    ids=["none", "empty", "one large", "scalar", "empty and small"],
+)
+def test_odd_sizes(arrays):
+    check_pack(arrays)
+
+
+def test_a_strided_array_is_sent_in_c_order():
+    array = np.arange(4 * LARGE, dtype="float32").reshape(2, -1).T
+    (location,), parts = frames.pack([array])
+    assert frames.unpack(parts, location, "it").tobytes() == array.tobytes()
+
+
+def test_unpacked_bytes_are_read_only():
+    (location,), parts = frames.pack([BIG])
+    with pytest.raises(ValueError, match="read-only"):
+        frames.unpack(parts, location, "it")[0] = 1
+
+
+@pytest.mark.parametrize(
+    "location",
+    [Location(1, 0, 1), Location(-1, 0, 1), Location(0, 5, 100), Location(0, -1, 3)],
+)
+def test_a_location_outside_the_frames_names_its_owner(location):
+    with pytest.raises(DecodeError, match="variable 'kernel'"):
+        frames.unpack([memoryview(bytes(20))], location, "variable 'kernel'")
+
+
+def described(*parts):
+    return [part.nbytes for part in parts], [frames.fingerprint(part) for part in parts]
+
+
+def test_check_names_what_is_wrong():
+    a, b = memoryview(bytes(range(200))), memoryview(bytes(range(1, 201)))
+    sizes, marks = described(a, b)
+    frames.check([a, b], sizes, marks, "it")
+    for wrong, message in [
+        ([a], "1 frames arrived where 2"),
+        ([a, b, b], "3 frames arrived where 2"),
+        ([b, a], "out of order"),
+        ([a, b[:-1]], "truncated"),
+        ([a, memoryview(bytes(200))], "does not hold the bytes"),
+    ]:
+        with pytest.raises(DecodeError, match=message):
+            frames.check(wrong, sizes, marks, "it")
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 4097, 100_000])
+def test_fingerprint_tells_first_and_last_byte(size):
+    data = bytearray(size)
+    mark = frames.fingerprint(memoryview(data))
+    for i in {0, size - 1} if size else ():
+        data[i] ^= 1
+        assert frames.fingerprint(memoryview(data)) != mark
+        data[i] ^= 1
+
+
+def test_as_frames_takes_any_contiguous_buffer_uncopied():
+    array = np.arange(6, dtype="int16").reshape(2, 3)
+    (frame,) = frames.as_frames([array], "it")
+    assert (frame.nbytes, frame.readonly, address(frame)) == (12, True, array.ctypes.data)
+    assert frames.as_frames([b"", np.zeros((0, 2))], "it")[1].nbytes == 0
+    for wrong in (array.T, "text", None):
+        with pytest.raises(DecodeError, match="it: a frame is not a contiguous buffer"):
+            frames.as_frames([wrong], "it")
+
+
+def address(view: memoryview) -> int:
+    return np.frombuffer(view, np.uint8).ctypes.data

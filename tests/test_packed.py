@@ -1,0 +1,61 @@
+import pickle
+
+import numpy as np
+import pytest
+from dask.base import tokenize
+from dask.sizeof import sizeof
+
+from dask_keras_serialize import packed
+from dask_keras_serialize.errors import DecodeError, MissingPackageError
+from dask_keras_serialize.packed import BrokenModel, PackedModel
+from dask_keras_serialize.pickling import pack
+from tests import zoo
+
+
+def test_a_parcel_opens_to_new_models():
+    model = zoo.build("trained")
+    parcel = pack(model)
+    zoo.assert_same(model, parcel.open())
+    assert parcel.open() is not parcel.open()
+    assert "96 bytes" not in repr(parcel)
+    assert model.name in repr(parcel)
+
+
+def test_it_pickles_again_to_the_same_bytes_without_touching_them(monkeypatch):
+    parcel = pack(zoo.build("trained subclassed"))
+    monkeypatch.setattr(packed, "unpack", keep)
+    buffers = []
+    stream = pickle.dumps(parcel, protocol=5, buffer_callback=buffers.append)
+    again = pickle.loads(stream, buffers=buffers)
+    assert [addresses(f) for f in again.frames] == [addresses(f) for f in parcel.frames]
+    assert again.header == parcel.header
+    assert tokenize(again) == tokenize(parcel)
+    assert sizeof(again) >= again.nbytes == parcel.nbytes
+
+
+def keep(header, *buffers):
+    return PackedModel(header, buffers)
+
+
+def addresses(frame):
+    return np.frombuffer(frame, np.uint8).ctypes.data
+
+
+def test_a_broken_model_raises_its_error_on_any_use():
+    broken = BrokenModel(DecodeError("model 'm': why"))
+    assert "model 'm': why" in repr(broken)
+    for use in (
+        lambda: broken.predict(1),
+        lambda: broken(1),
+        lambda: broken.weights,
+        lambda: pickle.dumps(broken),
+    ):
+        with pytest.raises(DecodeError, match="model 'm': why"):
+            use()
+    assert not hasattr(broken, "__dask_graph__")
+
+
+def test_errors_travel():
+    for error in (DecodeError("a"), MissingPackageError.on_workers(["tcp://x"], 2)):
+        twin = pickle.loads(pickle.dumps(error))
+        assert (type(twin), twin.args) == (type(error), error.args)

@@ -1,0 +1,121 @@
+"""Who holds the slots: in every import order, in processes of their own."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import dask.sizeof
+import keras
+import pytest
+from distributed import Client, protocol
+from distributed.protocol.serialize import dask_deserialize, dask_serialize, families
+
+import dask_keras_serialize
+from dask_keras_serialize import handlers, pickling, registration
+from tests import zoo
+
+OURS = """
+import keras
+from distributed import Client
+from distributed.protocol.serialize import dask_serialize, dask_deserialize
+from dask.sizeof import sizeof
+from dask.tokenize import normalize_token
+class Net(keras.Model): pass
+for cls in (keras.Model, keras.Sequential, Net):
+    for dispatch in (dask_serialize, dask_deserialize, sizeof, normalize_token):
+        handler = dispatch.dispatch(cls)
+        assert handler.__module__ == "dask_keras_serialize.handlers", (dispatch, cls, handler)
+assert keras.Model.__reduce_ex__.__module__ == "dask_keras_serialize.pickling"
+assert Client.map.__wrapped__
+"""
+
+STALE = """
+import keras
+from distributed.protocol.serialize import dask_serialize
+assert dask_serialize.dispatch(keras.Sequential).__module__ == "distributed.protocol.keras"
+"""
+
+
+def run(code, **env):
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"} | env
+    command = [sys.executable, "-W", "error::ImportWarning", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "order",
+    list(itertools.permutations(["import keras", "import distributed", "import dask"]))
+    + list(itertools.permutations(["import keras", "import dask_keras_serialize"])),
+    ids=" ; ".join,
+)
+def test_every_import_order(order):
+    run("\n".join(order) + OURS)
+
+
+OFF = {"DASK_DASK_KERAS_SERIALIZE__REGISTER": "False"}
+
+
+def test_a_config_key_turns_it_off_and_an_import_on():
+    run("import distributed" + STALE, **OFF)
+    run("import dask, dask_keras_serialize" + OURS, **OFF)
+    run("import dask_keras_serialize, dask" + OURS, **OFF)
+    run("import dask" + STALE + "import dask_keras_serialize" + OURS, **OFF)
+
+
+def test_what_was_cached_under_the_old_handler_is_forgotten():
+    run(STALE + "import dask_keras_serialize" + OURS, **OFF)
+
+
+def test_unregister_puts_back_what_was_there():
+    run("import dask_keras_serialize as d\nd.unregister()" + STALE)
+    run("import dask_keras_serialize as d" + OURS + "d.unregister()" + STALE)
+    run("import dask_keras_serialize as d" + OURS + "d.unregister()\nd.register()" + OURS)
+
+
+def test_importing_us_loads_neither_keras_nor_a_backend_nor_distributed():
+    code = "import dask_keras_serialize, sys; print(*{m.partition('.')[0] for m in sys.modules})"
+    loaded = set(run(code).split())
+    assert not loaded & {"keras", "tensorflow", "jax", "torch", "distributed", "dask"}
+    loaded = set(run("import distributed, sys; print(*sys.modules)").split())
+    assert "dask_keras_serialize.registration" in loaded
+    assert not loaded & {"keras", "tensorflow", "jax", "torch"}
+
+
+def test_register_and_unregister_are_idempotent():
+    slots = [
+        lambda: dask_serialize.dispatch(keras.Sequential),
+        lambda: dask_deserialize.dispatch(keras.Sequential),
+        lambda: dask.sizeof.sizeof.dispatch(keras.Sequential),
+        lambda: vars(keras.Model).get("__reduce_ex__"),
+        lambda: (Client.map, Client.scatter, Client.submit),
+        lambda: families["error"],
+    ]
+    before = [slot() for slot in slots]
+    assert before[:2] == [handlers.serialize_keras_model, handlers.deserialize_keras_model]
+    assert before[3] is pickling.reduce_model
+    dask_keras_serialize.register()
+    dask_keras_serialize.register()
+    assert [slot() for slot in slots] == before
+    try:
+        dask_keras_serialize.unregister()
+        bare = [slot() for slot in slots]
+        assert not registration.registered()
+        assert all(a != b for a, b in zip(bare, before, strict=True))
+        dask_keras_serialize.unregister()
+        assert [slot() for slot in slots] == bare
+    finally:
+        dask_keras_serialize.register()
+    assert [slot() for slot in slots][:4] == before[:4]
+
+
+def test_a_model_through_the_family():
+    model = zoo.build("trained")
+    header, frames = protocol.serialize(model, on_error="raise")
+    assert header["serializer"] == "dask"
+    zoo.assert_same(model, protocol.deserialize(header, frames))
+    zoo.assert_same(model, protocol.deserialize_bytes(protocol.serialize_bytes(model)))
+    (copy,) = protocol.deserialize(*protocol.serialize([model]))
+    zoo.assert_same(model, copy)

@@ -1,0 +1,272 @@
+"""Models to test with: seeded builders by name, and what makes two models the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+
+from dask_keras_serialize.by_config import variables_of
+
+ROWS, WIDTH = 32, 8
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(ROWS, WIDTH)).astype("float32")
+LABELS = RNG.integers(0, 3, ROWS)
+TARGETS: dict[str, Any] = {
+    "sparse": LABELS,
+    "one-hot": np.eye(3, dtype="float32")[LABELS],
+    "binary": (LABELS > 0).astype("float32"),
+    "two": {"p": LABELS, "q": RNG.normal(size=ROWS).astype("float32")},
+}
+
+
+class Subclassed(keras.Model):
+    """No config, a list of layers, a custom train step, Python state."""
+
+    def __init__(self, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.hidden = [layers.Dense(width, activation="relu") for width in widths]
+        self.drop = layers.Dropout(0.2)
+        self.out = layers.Dense(3, activation="softmax")
+        self.notes: dict[str, Any] = {"made of": list(widths), "steps": 0}
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        for layer in self.hidden:
+            x = layer(x)
+        return self.out(self.drop(x, training=training))
+
+
+class Scale(layers.Layer):
+    """A custom layer without a config, called before it is asked for one."""
+
+    def __init__(self, factor: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def build(self, shape: Any) -> None:
+        self.bias = self.add_weight(shape=(shape[-1],), name="bias", initializer="ones")
+
+    def call(self, x: Any) -> Any:
+        return self.factor(x) + self.bias
+
+
+def mlp(units: int = 3, activation: str | None = "softmax") -> keras.Model:
+    return keras.Sequential(
+        [
+            keras.Input((WIDTH,)),
+            layers.Dense(16, activation="relu"),
+            layers.Dropout(0.3),
+            layers.BatchNormalization(),
+            layers.Dense(units, activation=activation),
+        ]
+    )
+
+
+def functional() -> keras.Model:
+    inputs = keras.Input((WIDTH,))
+    a = layers.Dense(WIDTH, name="a")(inputs)
+    shared = layers.Dense(WIDTH, activation="tanh")
+    b = layers.Add()([shared(a), shared(inputs)])
+    return keras.Model(inputs, layers.Dense(3, activation="softmax")(b * 2.0))
+
+
+def subclassed() -> keras.Model:
+    model = Subclassed((16, WIDTH))
+    model(X)
+    return model
+
+
+def two_outputs() -> keras.Model:
+    inputs = keras.Input((WIDTH,))
+    hidden = layers.Dense(WIDTH)(inputs)
+    p = layers.Dense(3, activation="softmax", name="p")(hidden)
+    q = layers.Dense(1, name="q")(hidden)
+    return keras.Model(inputs, {"p": p, "q": q})
+
+
+def trained(
+    model: keras.Model,
+    loss: Any = "sparse_categorical_crossentropy",
+    target: str = "sparse",
+    metrics: Any = ("accuracy",),
+    optimizer: Any = "adam",
+) -> keras.Model:
+    metrics = list(metrics) if isinstance(metrics, tuple) else metrics
+    model.compile(optimizer, loss, metrics=metrics)
+    model.fit(X, TARGETS[target], epochs=2, batch_size=8, verbose=0)
+    return model
+
+
+def compiled(model: keras.Model) -> keras.Model:
+    model.compile("adam", "mse", metrics=["mae"])
+    return model
+
+
+def frozen() -> keras.Model:
+    model = mlp()
+    model.layers[0].trainable = False
+    return compiled(model)
+
+
+def frozen_variable() -> keras.Model:
+    model = mlp()
+    model.layers[0].bias.trainable = False
+    return model
+
+
+def adapted() -> keras.Model:
+    normalization = layers.Normalization()
+    normalization.adapt(X)
+    return keras.Sequential([keras.Input((WIDTH,)), normalization, layers.Dense(3)])
+
+
+def with_attribute() -> keras.Model:
+    model = mlp()
+    model.note = {"a": 1}
+    return model
+
+
+def with_lambda() -> keras.Model:
+    return keras.Sequential([keras.Input((WIDTH,)), layers.Lambda(lambda x: x * 2), Scale(abs)])
+
+
+def nested() -> keras.Model:
+    return keras.Sequential([keras.Input((WIDTH,)), functional(), layers.Dense(2)])
+
+
+def tied() -> keras.Model:
+    inputs = keras.Input((WIDTH,))
+    shared = layers.Dense(WIDTH)
+    inner = keras.Sequential([keras.Input((WIDTH,)), shared])
+    return keras.Model(inputs, shared(inner(inputs)))
+
+
+def deep() -> keras.Model:
+    stack = [layers.Dense(2) for _ in range(300)]
+    return keras.Sequential([keras.Input((2,)), *stack, Scale(abs)])
+
+
+def scheduled() -> keras.Model:
+    rate = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
+    optimizer = keras.optimizers.SGD(rate, momentum=0.9, nesterov=True, use_ema=True)
+    return trained(mlp(), optimizer=optimizer)
+
+
+def excluded_from_decay() -> keras.Model:
+    model = mlp()
+    optimizer = keras.optimizers.AdamW(weight_decay=0.1)
+    optimizer.build(model.trainable_variables)
+    optimizer.exclude_from_weight_decay([model.layers[0].bias])
+    return trained(model, optimizer=optimizer)
+
+
+def mixed_precision() -> keras.Model:
+    return keras.Sequential(
+        [
+            keras.Input((WIDTH,)),
+            layers.Dense(16, dtype="mixed_float16"),
+            layers.Dense(4, dtype="bfloat16"),
+            layers.Dense(3, activation="softmax", dtype="float32"),
+        ]
+    )
+
+
+def recurrent() -> keras.Model:
+    inputs = keras.Input((4, 2))
+    hidden = layers.Bidirectional(layers.LSTM(3, return_sequences=True, dropout=0.1))(inputs)
+    hidden = layers.MultiHeadAttention(2, 3)(hidden, hidden)
+    return keras.Model(inputs, layers.GRU(2)(hidden))
+
+
+def vocabulary() -> keras.Model:
+    vectorize = layers.TextVectorization(max_tokens=20, output_sequence_length=4)
+    vectorize.adapt(["a b c", "b c d é"])
+    inputs = keras.Input((), dtype="string")
+    return keras.Model(inputs, layers.Dense(2)(layers.Embedding(20, 3)(vectorize(inputs))))
+
+
+#: How each travels, by name; the reason it goes by value is in fidelity's tests.
+BY_CONFIG: dict[str, Callable[[], keras.Model]] = {
+    "sequential": mlp,
+    "functional": functional,
+    "two outputs": two_outputs,
+    "unbuilt sequential": lambda: keras.Sequential([layers.Dense(3)]),
+    "compiled": lambda: compiled(mlp()),
+    "trained": lambda: trained(mlp()),
+    "trained functional": lambda: trained(functional()),
+    "trained one-hot": lambda: trained(mlp(), "categorical_crossentropy", "one-hot"),
+    "trained binary": lambda: trained(mlp(1, "sigmoid"), "binary_crossentropy", "binary"),
+    "trained two outputs": lambda: trained(
+        two_outputs(),
+        {"p": "sparse_categorical_crossentropy", "q": "mse"},
+        "two",
+        {"p": ["accuracy"], "q": ["mae"]},
+    ),
+    "scheduled": scheduled,
+    "frozen": frozen,
+    "frozen variable": frozen_variable,
+    "adapted": adapted,
+    "nested": nested,
+    "mixed precision": mixed_precision,
+    "recurrent": recurrent,
+    "vocabulary": vocabulary,
+}
+BY_VALUE: dict[str, Callable[[], keras.Model]] = {
+    "subclassed": subclassed,
+    "unbuilt subclassed": lambda: Subclassed((4,)),
+    "trained subclassed": lambda: trained(Subclassed((16,))),
+    "lambda and custom layer": with_lambda,
+    "attribute": with_attribute,
+    "tied across nesting": tied,
+    "300 layers deep": deep,
+    "lossy loss": lambda: trained(
+        mlp(1, None), keras.losses.Huber(delta=3.0), "binary", ("mae", keras.metrics.AUC())
+    ),
+    "excluded from decay": excluded_from_decay,
+}
+ALL = BY_CONFIG | BY_VALUE
+
+
+def build(name: str) -> keras.Model:
+    keras.utils.set_random_seed(0)
+    return ALL[name]()
+
+
+def inputs_for(model: keras.Model) -> Any:
+    """Make a batch the model takes."""
+    if not isinstance(model, Subclassed):
+        spec = model.inputs[0]
+        if spec.dtype == "string":
+            return keras.ops.convert_to_tensor(["a b", "c e é"])
+        return RNG.normal(size=(4, *spec.shape[1:])).astype("float32")
+    return X[:4]
+
+
+def assert_same(a: keras.Model, b: keras.Model) -> None:
+    """Fail unless two models are equal to the bit and share nothing."""
+    assert type(a) is type(b)
+    assert (a.name, a.built, a.compiled) == (b.name, b.built, b.compiled)
+    ours, theirs = variables_of(a), variables_of(b)
+    assert [describe(v) for v in ours] == [describe(v) for v in theirs]
+    for x, y in zip(ours, theirs, strict=True):
+        assert x is not y
+        assert to_bytes(x) == to_bytes(y), x.path
+    if a.built:
+        batch = inputs_for(a)
+        for p, q in zip(predictions(a, batch), predictions(b, batch), strict=True):
+            np.testing.assert_array_equal(p, q)
+
+
+def predictions(model: keras.Model, batch: Any) -> list[Any]:
+    return keras.tree.flatten(model.predict(batch, verbose=0))
+
+
+def describe(variable: keras.Variable) -> tuple[Any, ...]:
+    return variable.path, tuple(variable.shape), variable.dtype, variable.trainable
+
+
+def to_bytes(variable: keras.Variable) -> bytes:
+    return np.asarray(keras.ops.convert_to_numpy(variable.value)).tobytes()
