@@ -24,6 +24,9 @@ from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.frames import Frame, unpack
 from dask_keras_serialize.header import Header, VariableEntry
 
+#: ``id(variable)`` to the index of its value, and the variable, so that the id stays its.
+Given = dict[int, tuple[int, keras.Variable]]
+
 #: Held for the whole of every rebuild in this process.
 LOCK = threading.RLock()
 
@@ -72,7 +75,7 @@ def rebuilding() -> Iterator[None]:
 
 
 @contextmanager
-def values_at_creation(values: Values) -> Iterator[dict[int, int]]:
+def values_at_creation(values: Values) -> Iterator[Given]:
     """Give variables their received value as they are created.
 
     While the context lasts, a variable that this thread creates from an initializer
@@ -86,11 +89,11 @@ def values_at_creation(values: Values) -> Iterator[dict[int, int]]:
 
     Yields
     ------
-    dict of int to int
-        ``id(variable)`` to the index of the value it was given, for
-        :func:`assign_rest`; the path is only a hint, that check decides.
+    Given
+        Which value each variable was given, for :func:`assign_rest`; the names are
+        only a hint, that check decides.
     """
-    given: dict[int, int] = {}
+    given: Given = {}
     if not private.feeds_at_creation():
         yield given
         return
@@ -109,7 +112,7 @@ def values_at_creation(values: Values) -> Iterator[dict[int, int]]:
                 variable._initialize(values.tensor(index))
                 # optimizers name their slots after it
                 variable._path = values.header.variables[index].path
-                given[id(variable)] = index
+                given[id(variable)] = index, variable
                 return
         original(variable, initializer)
 
@@ -120,14 +123,14 @@ def values_at_creation(values: Values) -> Iterator[dict[int, int]]:
         cls._initialize_with_initializer = original
 
 
-def assign_rest(variables: Sequence[keras.Variable], given: dict[int, int], values: Values) -> None:
+def assign_rest(variables: Sequence[keras.Variable], given: Given, values: Values) -> None:
     """Check, place by place, that variable i holds value i, and assign where not.
 
     Parameters
     ----------
     variables : sequence of keras.Variable
         The rebuilt model's, in the order of the table.
-    given : dict of int to int
+    given : Given
         From :func:`values_at_creation`.
     values : Values
 
@@ -150,7 +153,7 @@ def assign_rest(variables: Sequence[keras.Variable], given: dict[int, int], valu
                 f"{entry.dtype} but is rebuilt here as {variable.path!r} "
                 f"{tuple(variable.shape)} {variable.dtype}; {_versions(values.header)}"
             )
-        if given.get(id(variable)) != index:
+        if given.get(id(variable), (None, None))[0] != index:
             variable.assign(values.tensor(index))
             variable._path = entry.path
         if variable.trainable != entry.trainable:

@@ -1,0 +1,47 @@
+"""README's promises: its program runs as it stands, and its links lead somewhere."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.cluster
+def test_the_program_runs_as_it_stands(tmp_path):
+    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert "dask_keras_serialize" not in program
+    script = tmp_path / "program.py"
+    script.write_text(program)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"DASK_DISTRIBUTED__DASHBOARD__LINK": ""},
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"\{'accuracy': \[.*\], 'loss': \[.*\]\}", done.stdout)
+
+
+def test_every_file_it_names_is_there():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_every_make_target_it_names_is_there():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"make ([a-z-]+)", README)) - {"on"}:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_it_names_every_module():
+    for path in (ROOT / "dask_keras_serialize").glob("*.py"):
+        if path.name not in ("__init__.py", "plugin.py"):
+            assert path.name in README, path.name
