@@ -155,15 +155,24 @@ class _Dump:
             return self.variable_state(obj)
         if isinstance(obj, Tracker):
             return self.tracker_state(obj)
-        custom = _own_method(type(obj), "__getstate__")
-        if custom:
-            return _Custom(obj.__getstate__())
-        plain = object.__getstate__(obj)
-        state, slots = plain if isinstance(plain, tuple) else (plain, None)
-        state = dict(state or {}, **(slots or {}))
-        for mender in menders(obj):
-            mender.drop(obj, state)
-        self.backend.drop(obj, state)
+        if _own_method(type(obj), "__getstate__"):
+            state = obj.__getstate__()
+        else:
+            plain = object.__getstate__(obj)
+            state, slots = plain if isinstance(plain, tuple) else (plain, None)
+            state = (state or {}) | (slots or {})
+        if isinstance(state, dict):
+            state = dict(state)
+            for mender in menders(obj):
+                mender.drop(obj, state)
+            self.backend.drop(obj, state)
+        if _own_method(type(obj), "__setstate__"):
+            return _Custom(state)
+        if not isinstance(state, dict):
+            raise EncodeError(
+                f"{type(obj).__qualname__} {getattr(obj, 'name', '')!r} has a __getstate__ that "
+                f"returns a {type(state).__name__}: give it a __setstate__ that takes it"
+            )
         return state
 
     def variable_state(self, variable: keras.Variable) -> State:
@@ -233,7 +242,7 @@ class _Load:
 
     def fill(self, shell: Any, state: Any) -> None:
         if isinstance(state, _Custom):
-            state.restore(shell)
+            shell.__setstate__(state.state)
             return
         value = state.pop("value", None) if isinstance(shell, keras.Variable) else None
         for name, content in state.items():
@@ -249,16 +258,10 @@ class _Load:
 
 
 class _Custom:
-    """The state of a class that says itself what its state is."""
+    """A state that the class takes in itself, by ``__setstate__``."""
 
     def __init__(self, state: Any) -> None:
         self.state = state
-
-    def restore(self, shell: Any) -> None:
-        if hasattr(shell, "__setstate__"):
-            shell.__setstate__(self.state)
-        else:
-            vars(shell).update(self.state or {})
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]

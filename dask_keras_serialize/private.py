@@ -175,7 +175,8 @@ def _drop_wrappers(layer: Any, state: State) -> None:
     for name in ("_losses", "_losses_override"):
         if name in state:
             state[name] = []
-    state["_loss_ids"] = set()
+    if "_loss_ids" in state:
+        state["_loss_ids"] = set()
 
 
 def _drop_functions(model: Any, state: State) -> None:
@@ -187,14 +188,14 @@ def _drop_functions(model: Any, state: State) -> None:
 def _drop_nodes(function: Any, state: State) -> None:
     # set of f"{id(operation)}_ib-{index}" (keras/src/ops/function.py, make_node_key)
     operations = {str(id(op)): op for op in function._operations}
-    keys = (key.rpartition("_ib-") for key in state.pop("_nodes"))
-    state["nodes"] = sorted(
+    keys = (key.rpartition("_ib-") for key in state.pop("_nodes", ()))
+    state["nodes by operation"] = sorted(
         ((function._operations.index(operations[op]), int(index)) for op, _, index in keys)
     )
 
 
 def _mend_nodes(function: Any, state: State) -> None:
-    nodes = vars(function).pop("nodes")
+    nodes = vars(function).pop("nodes by operation", ())
     function.__dict__["_nodes"] = {
         f"{id(function._operations[op])}_ib-{index}" for op, index in nodes
     }
@@ -205,10 +206,10 @@ def _drop_keys(optimizer: Any, state: State) -> None:
     state.pop("_exclude_from_weight_decay_cache", None)
     excluded = state.pop("_exclude_from_weight_decay", None)
     if excluded is not None:
-        state["excluded"] = [
+        state["excluded variables"] = [
             v for v in optimizer._trainable_variables if optimizer._var_key(v) in excluded
         ]
-        if len(state["excluded"]) != len(excluded):
+        if len(state["excluded variables"]) != len(excluded):
             raise EncodeError(
                 f"optimizer {optimizer.name!r} excludes from weight decay variables it does "
                 "not train: build it before you send it"
@@ -217,7 +218,7 @@ def _drop_keys(optimizer: Any, state: State) -> None:
 
 def _mend_keys(optimizer: Any, state: State) -> None:
     attributes = vars(optimizer)
-    excluded = attributes.pop("excluded", None)
+    excluded = attributes.pop("excluded variables", None)
     key = optimizer._var_key
     attributes["_trainable_variables_indices"] = {
         key(v): i for i, v in enumerate(optimizer._trainable_variables)

@@ -79,6 +79,11 @@ def test_python_state_arrives():
     assert replica.hidden[0] in replica.layers
 
 
+def test_a_class_may_say_what_its_state_is():
+    assert not hasattr(round_trip(zoo.build("trained with getstate")), "log")
+    assert round_trip(zoo.build("trained with setstate")).log == "opened"
+
+
 def test_metrics_arrive_with_their_totals():
     model = zoo.build("trained")
     expected = model.get_metrics_result()

@@ -129,6 +129,28 @@ def with_attribute() -> keras.Model:
     return model
 
 
+class Keeper(Subclassed):
+    """Leaves an attribute that cannot travel out of its state, the usual way."""
+
+    def __init__(self) -> None:
+        super().__init__((4,))
+        self.log = open(__file__)  # noqa: SIM115
+        self.log.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("log", None)
+        return state
+
+
+class Opener(Keeper):
+    """And makes it anew."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__dict__["log"] = "opened"
+
+
 def with_lambda() -> keras.Model:
     return keras.Sequential([keras.Input((WIDTH,)), layers.Lambda(lambda x: x * 2), Scale(abs)])
 
@@ -220,6 +242,8 @@ BY_VALUE: dict[str, Callable[[], keras.Model]] = {
     "trained subclassed": lambda: trained(Subclassed((16,))),
     "lambda and custom layer": with_lambda,
     "attribute": with_attribute,
+    "trained with getstate": lambda: trained(Keeper()),
+    "trained with setstate": lambda: trained(Opener()),
     "tied across nesting": tied,
     "300 layers deep": deep,
     "lossy loss": lambda: trained(
