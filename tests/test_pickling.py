@@ -3,6 +3,7 @@ import dataclasses
 import pickle
 
 import cloudpickle
+import joblib
 import keras
 import pytest
 
@@ -58,6 +59,13 @@ def test_in_a_closure_by_cloudpickle():
     model = zoo.build("trained")
     function = cloudpickle.loads(cloudpickle.dumps(lambda: model))
     zoo.assert_same(model, function())
+
+
+@pytest.mark.parametrize("compress", [0, 3])
+def test_joblib(compress, tmp_path):
+    model = zoo.build("trained subclassed")
+    joblib.dump(model, tmp_path / "model", compress=compress)
+    zoo.assert_same(model, joblib.load(tmp_path / "model"))
 
 
 @pytest.mark.parametrize("name", ["trained", "trained subclassed"])

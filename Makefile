@@ -1,0 +1,66 @@
+# On a fresh machine with make and Python 3.11 or later, every target sets up .venv by itself.
+#
+#   make demo PYTHON=python3.12          another Python for a new .venv
+#   make test BACKEND_EXTRA=jax          another backend: tensorflow, jax, torch
+#   make test PYTEST_ARGS="-k frames"    anything for pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+BACKEND_EXTRA ?= tensorflow-cpu
+EXTRAS ?= test,bench,dev,$(BACKEND_EXTRA)
+PYTEST_ARGS ?=
+# a hang ends here; on a quiet machine the tests take well under twelve minutes
+TEST_SECONDS ?= 2400
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed-$(BACKEND_EXTRA)
+
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+# the backend that was installed, whatever a keras.json in the home folder says
+export KERAS_BACKEND ?= $(patsubst tensorflow%,tensorflow,$(BACKEND_EXTRA))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-long lint format bench build clean
+
+help: ## say what each target does
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## make .venv with the package, editable, and all that development needs
+
+$(INSTALLED): setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "Python 3.11 or later is needed, this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@echo "installing $(EXTRAS) into $(VENV): a minute or two, once"
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(INSTALLED) ## train and predict on two workers, check every bit, draw examples/output/demo.png
+	$(BIN)/python examples/demo.py
+
+test: $(INSTALLED) ## run the tests, but for the slow ones
+	$(BIN)/python -m pytest -m "not slow" --session-timeout=$(TEST_SECONDS) $(PYTEST_ARGS)
+
+test-long: $(INSTALLED) ## run the slow tests
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(INSTALLED) ## check style, format and types; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## measure; see benchmarks/
+	$(BIN)/python benchmarks/serialize.py
+
+build: $(INSTALLED) ## make dist/*.tar.gz and dist/*.whl
+	$(BIN)/python -m build
+
+clean: ## remove what the other targets made, .venv too
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache \
+	  dask-scratch-space examples/output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
