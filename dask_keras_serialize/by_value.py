@@ -217,7 +217,7 @@ class _Load:
         writeable = body["writeable"]
         stream, *arrays = extras
         buffers = [
-            bytearray(array) if flag else array
+            _with_writeable(array, bool(flag))
             for array, flag in zip(arrays, writeable, strict=True)
         ]
         self.shells: dict[int, Any] = {}
@@ -255,6 +255,14 @@ class _Load:
             shell._value = None
             if value is not None:
                 shell._initialize(self.values.tensor(value))
+
+
+def _with_writeable(array: Array, flag: bool) -> Array:
+    """Return an array as writeable as it was; a copy if it must be and is not ours."""
+    if flag and not array.flags.writeable:
+        return array.copy()
+    array.flags.writeable = flag
+    return array
 
 
 class _Custom:

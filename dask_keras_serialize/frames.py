@@ -1,13 +1,14 @@
 """Arrays <-> frames: where each array's bytes lie, and every copy that is made.
 
-A *frame* is one contiguous run of bytes, a read-only ``memoryview`` of format ``B``.
-Arrays of at least :data:`LARGE` bytes are frames of their own: views of the caller's
-memory, not copied. Smaller arrays are copied, once, into one *arena*, frame 0, each
-at a multiple of :data:`ALIGNMENT` bytes, because a comm awaits every frame apart
+A *frame* is one contiguous run of bytes, a ``memoryview`` of format ``B``. Arrays of at
+least :data:`LARGE` bytes are frames of their own: views of the caller's memory, not
+copied. Smaller arrays are copied, once, into one *arena*, frame 0, each at a multiple
+of :data:`ALIGNMENT` bytes, because a comm awaits every frame apart
 (``distributed/comm/tcp.py``).
 
-Ownership: a frame keeps the memory it views alive. Nothing here ever writes to a
-frame. :func:`unpack` returns read-only views of the frames it was given.
+Ownership: a frame keeps the memory it views alive. Frames that are sent are read-only.
+Of those that arrive, the few that are the receiver's to keep are writeable, see
+:func:`as_frames`. Nothing here ever writes to a frame.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def pack(arrays: Sequence[npt.NDArray[np.generic]]) -> tuple[list[Location], lis
     locations : list of Location
         One for each array, in order.
     frames : list of memoryview
-        The arena first, if any array is small, then the large arrays in order.
+        Read-only. The arena first, then the large arrays in order.
 
     Notes
     -----
@@ -87,11 +88,10 @@ def pack(arrays: Sequence[npt.NDArray[np.generic]]) -> tuple[list[Location], lis
     """
     small = [array for array in arrays if array.nbytes < LARGE]
     arena_size = sum(_aligned(array.nbytes) for array in small)
-    frames: list[Frame] = []
-    # never of no bytes: comms have trouble with frames that are empty
+    # Never of no bytes, which comms have trouble with, and there even if nothing is small:
+    # the first frame may be received into one buffer with the header, at any address.
     arena = np.zeros(max(arena_size, ALIGNMENT), np.uint8)
-    if small:
-        frames.append(arena.data.toreadonly())
+    frames: list[Frame] = [arena.data.toreadonly()]
     locations = []
     offset = 0
     for array in arrays:
@@ -157,8 +157,8 @@ def unpack(frames: Sequence[Frame], location: Location, owner: str) -> Bytes:
     Returns
     -------
     ndarray of uint8, shape ``(location.nbytes,)``
-        Read-only view of the frame; give it its dtype and shape with ``view`` and
-        ``reshape``.
+        View of the frame; give it its dtype and shape with ``view`` and ``reshape``.
+        Writeable only if it is all of a frame that is.
 
     Raises
     ------
@@ -178,7 +178,8 @@ def unpack(frames: Sequence[Frame], location: Location, owner: str) -> Bytes:
             f"of a frame of {frames[index].nbytes} bytes"
         )
     view = np.frombuffer(frames[index], np.uint8, count=nbytes, offset=offset)
-    view.flags.writeable = False
+    if nbytes < frames[index].nbytes:
+        view.flags.writeable = False
     return view
 
 
@@ -209,7 +210,7 @@ def fingerprint(frame: Frame) -> int:
     return mark
 
 
-def as_frames(buffers: Sequence[object], owner: str) -> list[Frame]:
+def as_frames(buffers: Sequence[object], owner: str, *, keep: bool = False) -> list[Frame]:
     """Take whatever a comm, a pickle or a file handed over as frames.
 
     Parameters
@@ -218,11 +219,15 @@ def as_frames(buffers: Sequence[object], owner: str) -> list[Frame]:
         bytes, bytearray, memoryview, PickleBuffer or ndarray, all contiguous.
     owner : str
         Whose frames they are, for the error.
+    keep : bool
+        Whether they are the caller's own from now on, and nobody else will write to
+        them. Then those that are writeable, and fill the memory that they keep alive,
+        stay writeable.
 
     Returns
     -------
     list of memoryview
-        Read-only, format ``B``; each keeps its buffer alive.
+        Format ``B``; each keeps its buffer alive. Read-only but for what ``keep`` says.
 
     Raises
     ------
@@ -236,9 +241,42 @@ def as_frames(buffers: Sequence[object], owner: str) -> list[Frame]:
     try:
         views = [memoryview(buffer) for buffer in buffers]  # type: ignore[arg-type]
         # an empty view with a zero in its shape cannot be cast
-        return [(view.cast("B") if view.nbytes else memoryview(b"")).toreadonly() for view in views]
+        views = [view.cast("B") if view.nbytes else memoryview(b"") for view in views]
     except TypeError as error:
         raise DecodeError(f"{owner}: a frame is not a contiguous buffer: {error}") from None
+    return [view if keep and _fills_its_buffer(view) else view.toreadonly() for view in views]
+
+
+def allocate(nbytes: int) -> Bytes:
+    """Allocate memory that every backend can use in place.
+
+    Parameters
+    ----------
+    nbytes : int
+
+    Returns
+    -------
+    ndarray of uint8, shape ``(nbytes,)``
+        Uninitialised. Starts at a multiple of :data:`ALIGNMENT`, where malloc's own
+        large blocks start 16 bytes into a page.
+    """
+    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + nbytes]
+
+
+def host_array(n: int) -> memoryview:
+    """Allocate a buffer for a comm to receive into.
+
+    Stands in for the function of the same name and result in
+    ``distributed/protocol/utils.py``, so that what arrives need not be copied again.
+    """
+    return (allocate(n) if n >= LARGE else np.empty(n, np.uint8)).data
+
+
+def _fills_its_buffer(view: memoryview) -> bool:
+    # a view keeps all of its object alive, such as a whole message or spilled file
+    return not view.readonly and memoryview(view.obj).nbytes == view.nbytes
 
 
 def _aligned(nbytes: int) -> int:

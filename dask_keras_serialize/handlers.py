@@ -24,7 +24,8 @@ def serialize_keras_model(model: keras.Model) -> tuple[dict[str, Any], list[memo
     header : dict
         Plain values, safe for msgpack.
     frames : list of memoryview
-        Read-only; see :func:`dask_keras_serialize.protocol.encode` for copies.
+        Read-only; see :func:`dask_keras_serialize.protocol.encode` for
+        copies.
 
     Raises
     ------
@@ -44,7 +45,9 @@ def deserialize_keras_model(header: dict[str, Any], frames: list[Any]) -> keras.
     ----------
     header : dict
     frames : list of objects with the buffer protocol
-        Only read; the model keeps none of them.
+        What a comm or a file handed over, the model's own from now on, as those of a
+        numpy array are (``distributed/protocol/numpy.py``): it uses large writeable ones
+        in place where its backend can, and never writes to them.
 
     Returns
     -------
@@ -58,7 +61,7 @@ def deserialize_keras_model(header: dict[str, Any], frames: list[Any]) -> keras.
     from dask_keras_serialize.header import Header
     from dask_keras_serialize.protocol import decode
 
-    return decode(Header.from_wire(header), frames)
+    return decode(Header.from_wire(header), frames, keep=True)
 
 
 def sizeof_model(model: keras.Model) -> int:

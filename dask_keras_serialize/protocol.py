@@ -99,7 +99,7 @@ def encode(model: keras.Model, *, for_token: bool = False) -> tuple[Header, list
     ), parts
 
 
-def decode(header: Header, buffers: Sequence[object]) -> keras.Model:
+def decode(header: Header, buffers: Sequence[object], *, keep: bool = False) -> keras.Model:
     """Turn a header and frames back into a model.
 
     Parameters
@@ -107,7 +107,10 @@ def decode(header: Header, buffers: Sequence[object]) -> keras.Model:
     header : Header
         Already checked by :meth:`Header.from_wire`.
     buffers : sequence of objects with the buffer protocol
-        The frames, in order. Only read; the model keeps none of them.
+        The frames, in order. Never written to.
+    keep : bool
+        Whether the model may use them in place, see :func:`frames.as_frames`: they are
+        its own from now on, and nobody else writes to them. Else it keeps none.
 
     Returns
     -------
@@ -121,9 +124,10 @@ def decode(header: Header, buffers: Sequence[object]) -> keras.Model:
 
     Notes
     -----
-    Copies: one of each variable's bytes, into memory the backend owns.
+    Copies: at most one of each variable's bytes, into memory the backend owns; none of
+    a large variable that ``keep`` allows and the backend can use where it lies.
     """
-    parts = frames.as_frames(buffers, header.owner)
+    parts = frames.as_frames(buffers, header.owner, keep=keep)
     frames.check(parts, header.frame_sizes, header.fingerprints, header.owner)
     _check_environment(header)
     values = Values(header, parts)

@@ -43,7 +43,7 @@ class Values:
 
     Notes
     -----
-    Copies: :meth:`array` none; :meth:`tensor` one, into memory the backend owns.
+    Copies: :meth:`array` none; :meth:`tensor` one at most, into memory the backend owns.
     """
 
     def __init__(self, header: Header, frames: Sequence[Frame]) -> None:
@@ -52,7 +52,7 @@ class Values:
         self.backend = backends.current()[1]
 
     def array(self, index: int) -> backends.Array:
-        """Return variable ``index`` as a read-only view of the frames."""
+        """Return variable ``index`` as a view of the frames, read-only as they are."""
         entry = self.header.variables[index]
         owner = f"{self.header.owner}: variable {entry.path!r}"
         raw = unpack(self._frames, entry.location, owner)

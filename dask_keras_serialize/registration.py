@@ -3,8 +3,8 @@
 Installed, the package registers by itself: ``dask.sizeof`` is the one group of entry
 points that Dask loads in every process on import, client, scheduler, nanny and worker
 (``dask/sizeof.py``; there is none for serializers, distributed#3831). Its hook waits
-for ``keras``, ``distributed.protocol``, ``distributed.client`` and
-``distributed.worker`` to be imported, whichever comes first, and imports none itself.
+for ``keras``, ``distributed.protocol``, ``distributed.comm.tcp``, ``distributed.client``
+and ``distributed.worker`` to be imported, whichever comes first, and imports none itself.
 
 What is taken, and what of it is private (each has a test that fails when it moves):
 
@@ -14,6 +14,10 @@ What is taken, and what of it is private (each has a test that fails when it mov
   (``dask/utils.py``).
 - ``sizeof`` and ``normalize_token``, public.
 - ``keras.Model.__reduce_ex__``, see :mod:`dask_keras_serialize.pickling`.
+- ``host_array`` of ``distributed.comm.tcp`` and ``distributed.protocol.utils``: makes
+  the buffers that comms receive into. Ours are the same, but aligned, so that backends
+  use them in place (:func:`dask_keras_serialize.frames.host_array`). Where it is not
+  found nothing is taken, and what arrives is copied once.
 - ``Client.map``: a model among its keyword arguments becomes a task of its own, so
   that it goes to each worker once. distributed 2026.8 does that for arguments over
   100 kB, but gives the task no priority, so that the scheduler raises
@@ -38,6 +42,7 @@ from typing import Any
 import wrapt
 
 from dask_keras_serialize.cluster import announce, explain_error, wrap_client
+from dask_keras_serialize.frames import host_array
 from dask_keras_serialize.handlers import (
     deserialize_keras_model,
     serialize_keras_model,
@@ -152,6 +157,21 @@ def _take_serializers(protocol: Any) -> None:
         _before["error"] = functools.partial(family, "error", None, original)
 
 
+def _take_buffers(tcp: Any) -> None:
+    if "buffers" in _before:
+        return
+    modules = [tcp, sys.modules["distributed.protocol.utils"]]
+    originals = [(m, m.host_array) for m in modules if hasattr(m, "host_array")]
+
+    def restore() -> None:
+        for module, original in originals:
+            module.host_array = original
+
+    _before["buffers"] = restore
+    for module, _ in originals:
+        module.host_array = host_array
+
+
 def _take_client(client: Any) -> None:
     if "client" not in _before:
         _before["client"] = wrap_client(client.Client)
@@ -205,6 +225,7 @@ _TAKERS: dict[str, Callable[[Any], None]] = {
     "dask.sizeof": _take_sizes,
     "dask.tokenize": _take_tokens,
     "distributed.protocol": _take_serializers,
+    "distributed.comm.tcp": _take_buffers,
     "distributed.client": _take_client,
     "keras": _take_keras,
 }

@@ -87,6 +87,41 @@ def test_fingerprint_tells_first_and_last_byte(size):
         data[i] ^= 1
 
 
+def test_the_arena_is_there_even_if_empty():
+    """Else a comm would receive the first large frame into one buffer with the header."""
+    _, parts = frames.pack([BIG])
+    assert [part.nbytes for part in parts] == [ALIGNMENT, BIG.nbytes]
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, LARGE - 1, LARGE, LARGE + 1, 10 * LARGE + 7])
+def test_memory_is_allocated_aligned(nbytes):
+    array, view = frames.allocate(nbytes), frames.host_array(nbytes)
+    assert (array.nbytes, view.nbytes, view.format, view.readonly) == (nbytes, nbytes, "B", False)
+    assert nbytes == 0 or array.ctypes.data % ALIGNMENT == 0
+    assert nbytes < LARGE or address(view) % ALIGNMENT == 0
+
+
+def test_frames_to_keep_are_writeable_and_hold_little_else():
+    def kept(buffer):
+        (frame,) = frames.as_frames([buffer], "it", keep=True)
+        return not frame.readonly
+
+    own = np.zeros(LARGE, "uint8")
+    assert kept(own)
+    assert kept(own.data[:])
+    assert kept(frames.host_array(LARGE))
+    assert not kept(own.data[1:])  # it would keep the rest alive
+    assert not kept(own.data.toreadonly())
+    assert not kept(own.tobytes())
+    assert all(frame.readonly for frame in frames.as_frames([own], "it"))
+
+
+def test_only_whole_frames_are_unpacked_writeable():
+    whole = frames.unpack([memoryview(bytearray(9))], Location(0, 0, 9), "it")
+    part = frames.unpack([memoryview(bytearray(9))], Location(0, 0, 8), "it")
+    assert (whole.flags.writeable, part.flags.writeable) == (True, False)
+
+
 def test_as_frames_takes_any_contiguous_buffer_uncopied():
     array = np.arange(6, dtype="int16").reshape(2, 3)
     (frame,) = frames.as_frames([array], "it")

@@ -1,17 +1,20 @@
 """Fails, naming the entry, when something private that we touch has moved upstream."""
 
 import inspect
+from contextlib import contextmanager
 
 import cloudpickle
 import dask.utils
 import distributed
 import keras
 import pytest
+from distributed import protocol
+from distributed.comm import tcp
 from distributed.comm import utils as comm_utils
 from distributed.protocol.serialize import families
 from distributed.scheduler import Scheduler
 
-from dask_keras_serialize import private
+from dask_keras_serialize import private, registration
 from tests import zoo
 
 
@@ -64,8 +67,24 @@ def test_dask_and_distributed():
     assert "def _from_frames" in inspect.getsource(comm_utils.from_frames)
     assert hasattr(distributed.Worker, "_instances"), "Worker._instances"
     assert "error" in families
+    with registration_undone():
+        for module in (tcp, protocol.utils):
+            buffer = module.host_array(1000)
+            assert (type(buffer), buffer.nbytes, buffer.format) == (memoryview, 1000, "B")
+            assert not buffer.readonly
+    assert "host_array(n)" in inspect.getsource(tcp.read_bytes_rw)
+    assert "out = host_array(" in inspect.getsource(protocol.utils.host_array_from_buffers)
     source = inspect.getsource(distributed.client._MapExpr._layer)
     assert "DataNode(k, v)" in source, "Client.map may no longer need our wrapper: cluster.py"
+
+
+@contextmanager
+def registration_undone():
+    registration.unregister()
+    try:
+        yield
+    finally:
+        registration.register()
 
 
 def test_cloudpickle():

@@ -28,12 +28,18 @@ for cls in (keras.Model, keras.Sequential, Net):
         assert handler.__module__ == "dask_keras_serialize.handlers", (dispatch, cls, handler)
 assert keras.Model.__reduce_ex__.__module__ == "dask_keras_serialize.pickling"
 assert Client.map.__wrapped__
+from distributed.comm import tcp
+from distributed.protocol import utils
+assert tcp.host_array is utils.host_array
+assert tcp.host_array.__module__ == "dask_keras_serialize.frames"
 """
 
 STALE = """
 import keras
 from distributed.protocol.serialize import dask_serialize
 assert dask_serialize.dispatch(keras.Sequential).__module__ == "distributed.protocol.keras"
+from distributed.comm import tcp
+assert tcp.host_array.__module__ == "distributed.protocol.utils"
 """
 
 

@@ -4,7 +4,8 @@
     ndarray of a variable's value: read-only, in C order, uncopied where the backend
     can; it never shows what is assigned to the variable later.
 ``tensor(array)``
-    Tensor of the backend that owns its memory: one copy of ``array``.
+    Tensor of the backend that owns its memory: one copy of ``array`` at most. A
+    writeable array is given away, and may be used in place where that is safe.
 ``version()``
     The backend's version.
 ``SHELLS``, ``shell(cls)``, ``reduce(obj)``, ``drop(obj, state)``, ``mend(obj, state)``
@@ -36,7 +37,7 @@ class Backend(Protocol):
         """View a ``keras.Variable``'s value."""
 
     def tensor(self, array: Array) -> Any:
-        """Copy an array into a tensor."""
+        """Turn an array into a tensor."""
 
     def version(self) -> str:
         """Return the backend's version."""

@@ -1,17 +1,16 @@
-"""TensorFlow: views of variables without a copy, tensors with one."""
+"""TensorFlow: views of variables without a copy, tensors with one at most."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import tensorflow as tf
 from tensorflow.python.trackable.data_structures import ListWrapper, _DictWrapper
 
 from dask_keras_serialize.backends import Array
 from dask_keras_serialize.errors import EncodeError
-from dask_keras_serialize.frames import ALIGNMENT
+from dask_keras_serialize.frames import ALIGNMENT, allocate
 
 
 def view(variable: Any) -> Array:
@@ -49,41 +48,40 @@ def view(variable: Any) -> Array:
 
 
 def tensor(array: Array) -> tf.Tensor:
-    """Copy an array into a tensor; ``tf.Variable(tensor)`` then takes its memory over.
+    """Turn an array into a tensor; ``tf.Variable(tensor)`` then takes its memory over.
 
     Parameters
     ----------
     array : ndarray
-        Any shape and dtype that ``header.ITEMSIZE`` names.
+        Any shape and dtype that ``header.ITEMSIZE`` names. A writeable one is the
+        caller's to give away: nobody may write to it any more.
 
     Returns
     -------
     tf.Tensor
-        In host memory, owned by nobody else.
+        In host memory. It never writes to memory it adopted, so that several may adopt
+        the same: the first update of such a variable goes to memory of its own
+        (``Tensor::RefCountIsOne``, ``tensorflow/core/framework/tensor.cc``).
 
     Notes
     -----
-    Copies: one, into memory aligned as TensorFlow wants it, which it then adopts by
-    DLPack; a buffer that is not aligned would abort the process on first use.
+    Copies: none of a writeable array that is aligned as TensorFlow wants it, which it
+    adopts by DLPack; else one, into memory that is. What is not aligned would abort the
+    process on first use; what is read-only numpy does not export.
     ``tf.constant`` copies twice (``tensorflow/python/framework/constant_op.py``,
     ``convert_to_eager_tensor``), as it still does here for float8, which has no bitcast.
     """
     if "float8" in array.dtype.name:
         return tf.constant(array)
-    own = _empty(array.nbytes)
-    own[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    if not array.flags.writeable or array.ctypes.data % ALIGNMENT or not array.flags.c_contiguous:
+        own = allocate(array.nbytes)
+        own[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        array = own.view(array.dtype).reshape(array.shape)
     if array.dtype == tf.bfloat16.as_numpy_dtype:
-        bits = own.view(np.uint16).reshape(array.shape)
+        bits: Any = array.view(np.uint16)
         return tf.bitcast(tf.experimental.dlpack.from_dlpack(bits.__dlpack__()), tf.bfloat16)
-    typed: Any = own.view(array.dtype).reshape(array.shape)
+    typed: Any = array
     return tf.experimental.dlpack.from_dlpack(typed.__dlpack__())
-
-
-def _empty(nbytes: int) -> npt.NDArray[np.uint8]:
-    """Allocate memory that starts at a multiple of 64 bytes."""
-    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + nbytes]
 
 
 def version() -> str:
