@@ -2,12 +2,12 @@
 
 A peer turns a model into one blob and a list of buffers, and those back into a model.
 Between the two, every buffer is copied to memory of its own, as a comm delivers it,
-and the sender's is dropped; that copy is not timed. Every process first takes a tiny
-model both ways, then the real one if it is measured more than once. Memory is read in
-a repetition of its own, whose times do not count, because giving free memory back to
-the system first makes the next allocation slower; only where there is a single
-repetition does it give both. Memory that a peer may need is touched beforehand, see
-``cases.touch``.
+and the sender's is dropped; that copy is not timed (``scatter`` times the whole way).
+Every process first takes a tiny model both ways, then the real one if it is measured
+more than once. Memory is read in a repetition of its own, whose times do not count,
+because giving free memory back to the system first makes the next allocation slower;
+only where there is a single repetition does it give both. Memory that a peer may need
+is touched beforehand, see ``cases.touch``.
 
 Memory is the process's peak resident size over where it stood when the clock started
 (``VmHWM``, reset through ``/proc/self/clear_refs``; None where that is missing). On
@@ -102,7 +102,7 @@ def _memcpy(model: Any) -> tuple[Dump, Load]:
 
     def load(_: Any, buffers: list[Any]) -> list[cases.Array]:
         pairs = zip(arrays, buffers, strict=True)
-        return [np.array(b).view(a.dtype).reshape(a.shape) for a, b in pairs]
+        return [np.array(b, np.uint8).view(a.dtype).reshape(a.shape) for a, b in pairs]
 
     return lambda _: (b"", [np.array(a) for a in arrays]), load
 
@@ -166,9 +166,14 @@ def _repeat(
 
 
 def _deliver(blob: Any, buffers: list[Any]) -> Wire:
-    """Copy to fresh, writeable memory, as a comm does."""
-    blob, *buffers = [np.array(np.frombuffer(buffer, np.uint8)) for buffer in (blob, *buffers)]
-    return blob, buffers
+    """Copy to fresh, writeable memory, allocated as distributed's TCP comm does."""
+    from distributed.comm import tcp
+
+    arrived = []
+    for buffer in (blob, *buffers):
+        arrived.append(tcp.host_array(memoryview(buffer).nbytes))
+        arrived[-1][:] = memoryview(buffer).cast("B")
+    return arrived[0], arrived[1:]
 
 
 def start(room: int, memory: bool) -> int:

@@ -4,11 +4,14 @@ A rebuild holds one process-wide lock, because TensorFlow's graph construction i
 thread-safe (tensorflow#35813) and because the hook that hands out values sits on a
 class that other threads use too; it acts for the building thread alone. A rebuild
 leaves Python's random state as it found it: Keras draws a seed from it for every
-unseeded initializer, and receiving a model must not change a user's experiment.
+unseeded initializer, and receiving a model must not change a user's experiment. Python's
+garbage collector waits: a rebuild makes some hundred thousand objects, no garbage among
+them, and searching them for it takes a tenth of the time.
 """
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 from collections import defaultdict, deque
@@ -65,12 +68,15 @@ class Values:
 
 @contextmanager
 def rebuilding() -> Iterator[None]:
-    """Hold the lock, and put Python's random state back at the end."""
+    """Hold the lock and the garbage collector; put Python's random state back at the end."""
     with LOCK:
-        state = random.getstate()
+        state, collects = random.getstate(), gc.isenabled()
+        gc.disable()
         try:
             yield
         finally:
+            if collects:
+                gc.enable()
             random.setstate(state)
 
 

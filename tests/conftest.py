@@ -64,7 +64,7 @@ class Processes:
             process.terminate()
         for process, log in self._running:
             try:
-                process.wait(20)
+                process.wait(8)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -115,7 +115,7 @@ def test_a_model_crosses_once_per_worker_and_is_one_replica_there(client):
     """1,000 chunks, of a model of a few kilobytes."""
 
     def which(i, model):
-        predict(CHUNKS[0], model)
+        model.predict_on_batch(CHUNKS[0])
         # held by the worker: no id is used again. Not by the model, which would carry it
         # on to the other worker with its attributes.
         sys.replicas = getattr(sys, "replicas", {})

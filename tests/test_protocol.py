@@ -1,5 +1,6 @@
 """The encoder: the same model, uncopied out, copied once in, no random numbers drawn."""
 
+import gc
 import logging
 import random
 
@@ -160,7 +161,9 @@ def test_random_state_is_left_alone(name):
     random.seed(5)
     np.random.seed(5)
     state, numpy_state = random.getstate(), np.random.get_state()[1].tobytes()
+    assert gc.isenabled()
     decode(header, parts)
+    assert gc.isenabled()
     assert random.getstate() == state
     assert np.random.get_state()[1].tobytes() == numpy_state
 
