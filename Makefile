@@ -54,7 +54,7 @@ format: $(INSTALLED) ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## measure; see benchmarks/
+bench: $(INSTALLED) ## measure against Keras's pickle, ten minutes; fills in README.md
 	$(BIN)/python benchmarks/serialize.py
 
 build: $(INSTALLED) ## make dist/*.tar.gz and dist/*.whl

@@ -10,9 +10,9 @@ only where there is a single repetition does it give both. Memory that a peer ma
 is touched beforehand, see ``cases.touch``.
 
 Memory is the process's peak resident size over where it stood when the clock started
-(``VmHWM``, reset through ``/proc/self/clear_refs``; None where that is missing). On
-the way in the received bytes are there before the clock starts, and the rebuilt
-model's own weights are subtracted: what is left is extra.
+(``VmHWM``, reset through ``/proc/self/clear_refs``; None where that is missing). Extra
+is what is over the weights themselves: out, over the model; in, over one copy of them,
+so that received bytes and a model beside them make 100 %.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _repeat(
     began = time.perf_counter()
     copy = load(blob, buffers)
     seconds_in = time.perf_counter() - began
-    extra_in = extra(memory, before + nbytes)
+    extra_in = extra(memory, before - sum(wire) + nbytes)
     del blob, buffers
     if cases.digest(copy) != expected:
         raise RuntimeError("what came back is not what was sent")

@@ -18,7 +18,6 @@ TARGETS = (
     ("dense, 1 GiB", "out", "extra", 0.02),
     (cases.RESNET, "out", "ratio", 10.0),
     (cases.RESNET, "in", "ratio", 4.0),
-    (cases.RESNET, "out", "extra", 0.02),
 )
 
 
@@ -80,7 +79,7 @@ def text(rows: list[Row]) -> str:
 
 def markdown(rows: list[Row]) -> str:
     """Return the tables for the README: medians, and ratios in bold."""
-    ways = ["| model | by | out | in | extra memory out | extra in |", "|:--|:--|--:|--:|--:|--:|"]
+    ways = ["| model | by | out | in | extra memory, out | in |", "|:--|:--|--:|--:|--:|--:|"]
     scatters = [
         "| `client.scatter` | model | list of arrays | model / arrays |",
         "|:--|--:|--:|--:|",
@@ -100,6 +99,22 @@ def markdown(rows: list[Row]) -> str:
             cells += [_seconds(arrays["median"]), f"**{row['median'] / arrays['median']:.2f}**"]
             scatters.append(f"| {' | '.join(cells)} |")
     return "\n".join([*ways, "", *scatters])
+
+
+def fill(page: str, rows: list[Row]) -> str:
+    """Return a page with the tables, and what they were measured on, between its marks."""
+    begin, end = "<!-- table:begin -->", "<!-- table:end -->"
+    before, after = page.split(begin)[0], page.split(end)[1]
+    return f"{before}{begin}\n{markdown(rows)}\n\n{_measured_on(rows[0])}\n{end}{after}"
+
+
+def _measured_on(row: Row) -> str:
+    machine, versions = row["machine"], row["versions"]
+    names = [f"{name} {version}" for name, version in versions.items() if "dask-" not in name]
+    return (
+        f"{machine['system']} {machine['architecture']}, {machine['cores']} cores, "
+        f"{machine['memory-gib']} GiB; {', '.join(names)}."
+    )
 
 
 def targets(rows: list[Row]) -> str:

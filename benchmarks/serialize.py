@@ -3,9 +3,9 @@
 Each workload and peer has a process of its own (``peers``); their repetitions take
 turns, one process at work at a time, so that all see the same machine. Then the whole
 ``scatter`` (``scatter``). Every result is compared, bit for bit, after its time was
-taken. Prints a text table, a markdown table and how the targets were met, and writes
-the rows as JSON and a picture; a quick run writes only what it is asked for. Nothing
-here fails for being slow.
+taken. Prints every row and how the targets were met; writes the rows as JSON, a picture,
+and the tables in README.md. A quick run writes only what it is asked for. Nothing here
+fails for being slow.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ import scatter
 
 Row = dict[str, Any]
 
-RESULTS = Path(__file__).parent / "results.json"
-PICTURE = Path(__file__).parent.parent / "docs" / "images" / "serialize.svg"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results.json"
+PICTURE = ROOT / "docs" / "images" / "serialize.svg"
+README = ROOT / "README.md"
 
 
 def main() -> None:
@@ -53,11 +55,13 @@ def main() -> None:
         if workload in cases.SCATTERED:
             rows += measure_scatter(settings, workload)
     report.add_ratios(rows)
-    print(report.text(rows), report.markdown(rows), report.targets(rows), sep="\n\n")
+    print(report.text(rows), report.targets(rows), sep="\n\n")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     if options.picture:
         report.draw(rows, options.picture)
+    if not options.quick:
+        README.write_text(report.fill(README.read_text(), rows))
 
 
 def measure_peers(settings: cases.Settings, workload: str) -> list[Row]:
