@@ -13,6 +13,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,9 @@ def dump(model: keras.Model) -> tuple[dict[str, Any], list[keras.Variable], list
     names, extras = _read_assets(model)
     body = {
         "model": config,
+        "policy": keras.dtype_policies.serialize(model.dtype_policy),
+        "floatx": keras.config.floatx(),
+        "frozen": _frozen(model),
         "compile": compile_config,
         "trainer": trainer,
         "history": fidelity.history_of(model),
@@ -105,8 +109,9 @@ def load(body: dict[str, Any], values: Values, extras: list[Array]) -> keras.Mod
     with rebuilding():
         try:
             config = json.loads(body["config"])
-            with values_at_creation(values) as given:
+            with _defaults(config["policy"], config["floatx"]), values_at_creation(values) as given:
                 model = keras.saving.deserialize_keras_object(config["model"], safe_mode=True)
+                _freeze(model, config["frozen"], values)
                 if config["trainer"] is not None:
                     _compile(model, config["compile"], config["trainer"])
             _write_assets(model, config["assets"], extras)
@@ -135,6 +140,39 @@ def variables_of(model: keras.Model) -> list[keras.Variable]:
         *model.metrics_variables,
     ]
     return list({id(variable): variable for variable in everything}.values())
+
+
+@contextmanager
+def _defaults(policy: dict[str, Any], floatx: str) -> Iterator[None]:
+    """Rebuild under the sender's dtype policy, which models take and no config holds."""
+    before, before_x = keras.config.dtype_policy(), keras.config.floatx()
+    if before_x != floatx:
+        keras.config.set_floatx(floatx)
+    keras.config.set_dtype_policy(keras.dtype_policies.deserialize(policy))
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+        if before_x != floatx:
+            keras.config.set_floatx(before_x)
+
+
+def _frozen(model: keras.Model) -> list[int]:
+    """Return the places of all layers, the model first, that are not trainable."""
+    layers = [model, *private.flatten_layers(model)]
+    return [i for i, layer in enumerate(layers) if not layer.trainable]
+
+
+def _freeze(model: keras.Model, frozen: list[int], values: Values) -> None:
+    """Set every trainable flag: a layer's own after those above it, variables' last."""
+    places = frozenset(frozen)
+    for i, layer in enumerate([model, *private.flatten_layers(model)]):
+        # even if it is so already: setting it on a model sets it on all its layers
+        if places or not layer.trainable:
+            layer.trainable = i not in places
+    for variable, entry in zip(model.variables, values.header.variables, strict=False):
+        if variable.trainable != entry.trainable:
+            variable.trainable = entry.trainable
 
 
 def _describe_trainer(model: keras.Model) -> dict[str, Any] | str:

@@ -21,18 +21,18 @@ import copyreg
 import io
 import pickle
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-import cloudpickle
 import keras
 import numpy as np
 
-from dask_keras_serialize import backends, private
+from dask_keras_serialize import backends
 from dask_keras_serialize.backends import Array
 from dask_keras_serialize.errors import DecodeError, EncodeError
-from dask_keras_serialize.private import SHELLS, State, Tracker, menders
-from dask_keras_serialize.rebuild import Values, rebuilding
+from dask_keras_serialize.private import State, Tracker, menders
+from dask_keras_serialize.rebuild import Values, check_fits, rebuilding
+from dask_keras_serialize.shells import ShellPickler, ShellUnpickler, own_method
 
 
 def dump(
@@ -44,8 +44,7 @@ def dump(
     ----------
     model : keras.Model
     for_token : bool
-        Leave out what differs from process to process: cloudpickle's random id of a
-        class that travels by value. What results cannot be loaded.
+        Make the bytes the same in every process; see :class:`shells.ShellPickler`.
 
     Returns
     -------
@@ -112,6 +111,7 @@ class _Dump:
 
     def __init__(self, model: keras.Model, for_token: bool) -> None:
         self.model = model
+        self.owner = f"model {model.name!r} ({type(model).__qualname__})"
         self.for_token = for_token
         self.stream = io.BytesIO()
         self.buffers: list[pickle.PickleBuffer] = []
@@ -120,14 +120,19 @@ class _Dump:
         self.index: dict[int, int] = {}
         self.predicates: dict[types.CodeType, Any] = {}
         self.backend = backends.current()[1]
-        self.pickler = _Pickler(self, self.stream, self.buffers)
+        self.pickler = self.new_pickler(self.stream, self.buffers)
 
     def run(self) -> tuple[dict[str, Any], list[keras.Variable], list[Array]]:
         self.pickler.dump(self.model)
         done = 0
         while done < len(self.objects):  # pickling a state finds more objects
             obj = self.objects[done]
-            state = self.state(obj)
+            try:
+                state = self.state(obj)
+            except EncodeError as error:
+                raise EncodeError(f"{self.owner}: {error}") from error
+            if self.for_token and isinstance(state, dict):
+                state = dict(sorted(state.items()))  # what was mended comes last
             try:
                 self.pickler.dump(state)
             except Exception as error:
@@ -137,6 +142,9 @@ class _Dump:
         body = {"objects": done, "writeable": [not view.readonly for view in raw]}
         stream = np.frombuffer(self.stream.getbuffer(), np.uint8)
         return body, self.variables, [stream, *(np.frombuffer(view, np.uint8) for view in raw)]
+
+    def new_pickler(self, file: io.BytesIO, buffers: list[pickle.PickleBuffer]) -> ShellPickler:
+        return ShellPickler(file, buffers, self.backend, self.number, self.for_token)
 
     def number(self, obj: Any) -> int:
         """Return the number of an object's shell, a new one at first sight."""
@@ -155,7 +163,7 @@ class _Dump:
             return self.variable_state(obj)
         if isinstance(obj, Tracker):
             return self.tracker_state(obj)
-        if _own_method(type(obj), "__getstate__"):
+        if own_method(type(obj), "__getstate__"):
             state = obj.__getstate__()
         else:
             plain = object.__getstate__(obj)
@@ -166,7 +174,7 @@ class _Dump:
             for mender in menders(obj):
                 mender.drop(obj, state)
             self.backend.drop(obj, state)
-        if _own_method(type(obj), "__setstate__"):
+        if own_method(type(obj), "__setstate__"):
             return _Custom(state)
         if not isinstance(state, dict):
             raise EncodeError(
@@ -195,11 +203,11 @@ class _Dump:
 
     def blame(self, obj: Any, state: Any, error: Exception) -> str:
         """Say which attribute of an object cannot travel."""
-        owner = f"model {self.model.name!r} ({type(self.model).__qualname__})"
+        owner = self.owner
         where = f"{type(obj).__qualname__} {getattr(obj, 'name', '')!r}"
         for path, value in _parts(state):
             try:
-                _Pickler(self, io.BytesIO(), []).dump(value)
+                self.new_pickler(io.BytesIO(), []).dump(value)
             except Exception as cause:
                 return (
                     f"{owner}: attribute {path} of {where}, a {type(value).__name__}, cannot "
@@ -221,7 +229,10 @@ class _Load:
             for array, flag in zip(arrays, writeable, strict=True)
         ]
         self.shells: dict[int, Any] = {}
-        self.unpickler = _Unpickler(self.shells, io.BytesIO(stream.data), buffers)
+        self.rows: list[int] = []
+        self.unpickler = ShellUnpickler(
+            self.shells, io.BytesIO(stream.data), buffers, values.backend
+        )
 
     def run(self) -> keras.Model:
         model = self.unpickler.load()
@@ -236,8 +247,13 @@ class _Load:
             for mender in menders(shell):
                 mender.mend(shell, state)
             self.values.backend.mend(shell, state)
+        owner = self.values.header.owner
         if not isinstance(model, keras.Model):
-            raise DecodeError(f"{self.values.header.owner}: the pickle holds no model")
+            raise DecodeError(f"{owner}: the pickle holds no model")
+        if self.shells.keys() != set(range(self.count)):
+            raise DecodeError(f"{owner}: the pickle is not whole: objects are missing or extra")
+        if sorted(self.rows) != list(range(len(self.values.header.variables))):
+            raise DecodeError(f"{owner}: the table of variables is not the one of the pickle")
         return model
 
     def fill(self, shell: Any, state: Any) -> None:
@@ -254,6 +270,8 @@ class _Load:
         if isinstance(shell, keras.Variable):
             shell._value = None
             if value is not None:
+                self.rows.append(value)
+                check_fits(shell, value, self.values.header)
                 shell._initialize(self.values.tensor(value))
 
 
@@ -270,68 +288,6 @@ class _Custom:
 
     def __init__(self, state: Any) -> None:
         self.state = state
-
-
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    def __init__(self, dump: _Dump, file: io.BytesIO, buffers: list[pickle.PickleBuffer]) -> None:
-        super().__init__(file, protocol=5, buffer_callback=buffers.append)
-        self._dump = dump
-        self._shells = SHELLS + dump.backend.SHELLS
-
-    def persistent_id(self, obj: Any) -> tuple[int, type] | None:
-        if isinstance(obj, self._shells):
-            return self._dump.number(obj), type(obj)
-        return None
-
-    def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, private.TRACKED):
-            return private.reduce_tracked(obj)
-        reduced = self._dump.backend.reduce(obj)
-        if reduced is not None:
-            return reduced
-        reduced = super().reducer_override(obj)
-        if self._dump.for_token and isinstance(obj, type) and isinstance(reduced, tuple):
-            function, arguments, *rest = reduced
-            name = f"{obj.__module__}.{obj.__qualname__}"
-            tracker = getattr(cloudpickle.cloudpickle, "_DYNAMIC_CLASS_TRACKER_BY_CLASS", {})
-            known = tracker.get(obj)
-            arguments = tuple(name if known and a == known else a for a in arguments)
-            return (function, arguments, *rest)
-        return reduced
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, shells: dict[int, Any], file: io.BytesIO, buffers: Sequence[Any]) -> None:
-        super().__init__(file, buffers=buffers)
-        self._shells = shells
-        self._backend = backends.current()[1]
-
-    def persistent_load(self, pid: tuple[int, type]) -> Any:
-        number, cls = pid
-        shell = self._shells.get(number)
-        if shell is None and cls in self._backend.SHELLS:
-            shell = self._shells[number] = self._backend.shell(cls)
-        elif shell is None:
-            if not issubclass(cls, SHELLS):
-                raise DecodeError(f"{cls.__qualname__} is not a Keras class")
-            # Keras's own __new__, which wraps build(), takes no arguments; a user's might
-            new = next(
-                vars(base)["__new__"]
-                for base in cls.__mro__
-                if "__new__" in vars(base) and not _foreign(base)
-            )
-            shell = self._shells[number] = new(cls)
-        return shell
-
-
-def _own_method(cls: type, name: str) -> bool:
-    """Say whether a class outside Keras and the backends defines a method."""
-    return next((_foreign(base) for base in cls.__mro__ if name in vars(base)), False)
-
-
-def _foreign(cls: type) -> bool:
-    root = cls.__module__.partition(".")[0]
-    return root not in ("keras", "tensorflow", "torch", "jax", "flax", "builtins")
 
 
 def _parts(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
+from uuid import uuid4
 
 from dask_keras_serialize.errors import MissingPackageError
 from dask_keras_serialize.header import FORMAT, package_version
@@ -64,10 +65,20 @@ def _with_models_as_tasks(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def map(self: Any, func: Callable[..., Any], *iterables: Any, **kwargs: Any) -> Any:
         placed = {k: kwargs[k] for k in ("workers", "allow_other_workers") if k in kwargs}
+
+        def task(value: Any) -> Any:
+            # as of any task, pure says whether equal ones may share a result
+            token = tokenize(value) if kwargs.get("pure") in (None, True) else uuid4().hex
+            return self.submit(_identity, value, key=f"keras-model-{token}", **placed)
+
         for name, value in kwargs.items():
             if name not in own and _holds_model(value):
-                key = f"keras-model-{tokenize(value)}"
-                kwargs[name] = self.submit(_identity, value, key=key, **placed)
+                kwargs[name] = task(value)
+        model = getattr(func, "__self__", None)
+        if _holds_model(model):  # its method, which would carry it into every task
+            kwargs.setdefault("key", func.__name__)
+            kwargs |= {"__model": task(model), "__method": func.__name__}
+            func = _call_method
         return original(self, func, *iterables, **kwargs)
 
     return map
@@ -89,6 +100,10 @@ def _require_package(client: Any) -> None:
     without = [address for address, worker in workers.items() if FORMAT not in worker]
     if without:
         raise MissingPackageError.on_workers(without, len(workers))
+
+
+def _call_method(*args: Any, __model: Any, __method: str, **kwargs: Any) -> Any:
+    return getattr(__model, __method)(*args, **kwargs)
 
 
 def _identity(value: Any) -> Any:

@@ -9,9 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+#: Characters kept of the beginning and the end of a message: what others raise, and names
+#: in bytes that lie, may have any number.
+_HEAD, _TAIL = 700, 300
+
 
 class KerasSerializeError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose; its message is one line."""
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(message.split())
+        whole = len(line) <= _HEAD + _TAIL
+        super().__init__(line if whole else f"{line[:_HEAD]} ... {line[-_TAIL:]}")
 
 
 class EncodeError(KerasSerializeError, TypeError):

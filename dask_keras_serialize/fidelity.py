@@ -3,7 +3,7 @@
 Keras's own configs lose things silently. We choose the config, which is portable and
 runs no foreign code, only for a model about which nothing is known that its config
 leaves out; every other model goes by value. When in doubt the answer is no: by value
-is never wrong, only less portable.
+is less portable, but takes what it finds.
 """
 
 from __future__ import annotations
@@ -15,9 +15,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
-import numpy as np
 
 from dask_keras_serialize import private
+from dask_keras_serialize.likeness import (
+    FUNCTIONS,
+    argument_lost,
+    attribute_lost,
+    keras_finds,
+    kind,
+)
 
 #: Attributes that Keras sets on its objects from outside their classes.
 _SET_FROM_OUTSIDE = frozenset({"history", "stop_training", "_keras_mask", "train_function"})
@@ -50,11 +56,18 @@ def loss_by_config(model: keras.Model, config: Mapping[str, Any]) -> str | None:
     if foreign:
         return f"{foreign} is not Keras's own"
     layers = list(private.flatten_layers(model))
+    policies = (each.dtype_policy for each in layers if isinstance(each, keras.Model))
+    if any(policy != model.dtype_policy for policy in policies):
+        return "a model inside it has another dtype policy"
     for reason in (_shared(model), *map(_layer_loss, layers), _extra(model)):
         if reason:
             return str(reason)
-    if model.compiled:
-        return _compile_loss(model)
+    if model.compiled and (lost := _compile_loss(model)):
+        return lost
+    try:
+        history_of(model)
+    except ValueError as error:
+        return str(error)
     return None
 
 
@@ -94,11 +107,10 @@ def _foreign(config: Any) -> Iterator[str]:
             registered = config.get("registered_name")
             if name == "__lambda__":
                 yield "a lambda"
-            elif name == "function":
-                if module != "builtins" and not _of_keras(module):
-                    yield f"function {config['config']!r}"
-            elif not str(name).startswith("__") and (
-                not _of_keras(module) or (registered and registered != name)
+            elif (
+                name != "function"
+                and not str(name).startswith("__")
+                and (not _of_keras(module) or (registered and registered != name))
             ):
                 yield f"class {name!r}"
         for value in config.values():
@@ -142,7 +154,57 @@ def _layer_loss(layer: keras.Layer) -> str | None:
         return f"{where} is quantized or carries LoRA factors"
     if getattr(layer, "stateful", False):
         return f"{where} is stateful"
+    if isinstance(layer, private.LOOKUPS) and (
+        layer.output_mode == "tf_idf" or isinstance(layer.input_vocabulary, str)
+    ):
+        return f"{where} has document frequencies, or its vocabulary in a file of this machine"
+    lost = _value_lost(layer)
+    if lost:
+        return f"{where} has a value of {lost!r} that its config does not hold"
     return _extra(layer)
+
+
+def _value_lost(layer: keras.Layer) -> str | None:
+    """Name an attribute whose value the config leaves out or tells by its name alone."""
+    if isinstance(layer, keras.layers.InputLayer):
+        return None
+    twin = _twin(layer.__class__)
+    for name in ("supports_masking", "autocast"):
+        if twin is not None and getattr(layer, name) != getattr(twin, name):
+            return str(name)
+    rules = set()  # regularizers and constraints of variables, by id
+    for name, value in vars(layer).items():
+        sort = kind(value.__class__)
+        if sort == "plain":
+            continue
+        if sort == "function":
+            if name not in _WRAPPED and not keras_finds(value):
+                return str(name)
+            continue
+        if lost := argument_lost(value):
+            return f"{name}.{lost}"
+        if name.endswith(("_regularizer", "_constraint")) and name != "activity_regularizer":
+            rules.add(id(value))
+    if layer.built:
+        used = {id(rule) for v in private.own(layer) for rule in (v.regularizer, v.constraint)}
+        if used - {id(None)} != rules:
+            return "regularizer or constraint"
+    return argument_lost(layer)
+
+
+#: Methods that Layer.__new__ wraps for each instance (keras/src/layers/layer.py).
+_WRAPPED = ("build", "quantize")
+
+
+@functools.cache
+def _twin(cls: Any) -> Any:
+    """Make the plainest instance of a layer's class, or None; says how it is by default."""
+    for arguments in ((), (1,), ((1,),), (1, 1)):
+        try:
+            return cls(*arguments, name="twin")  # a name, or Keras would count it
+        except Exception:  # another number of arguments, or of another kind
+            continue
+    return None
 
 
 def _extra(layer: keras.Layer) -> str | None:
@@ -197,20 +259,25 @@ def _compile_loss(model: keras.Model) -> str | None:
     inner = getattr(optimizer, "inner_optimizer", optimizer)
     if arguments["optimizer"] not in (optimizer, inner):
         return "its optimizer is not the one it was compiled with"
+    rate = getattr(inner, "_learning_rate", None)
+    if isinstance(rate, keras.Variable) and rate.dtype != keras.config.floatx():
+        return "its optimizer was made under another floatx than is set now"
     if optimizer.built and [id(v) for v in private.trained_variables(optimizer)] != [
         id(v) for v in model.trainable_variables
     ]:
         return "its optimizer was built for other variables than are trainable now"
+    given: list[Any] = []
     for key in ("optimizer", "loss", "loss_weights", "metrics", "weighted_metrics"):
         for value in _leaves(arguments[key]):
+            if isinstance(value, keras.Metric) and any(value is other for other in given):
+                return f"metric {value.name!r} is given twice"
+            given.append(value)
+            if isinstance(value, FUNCTIONS) and not keras_finds(value):
+                return f"{key} {getattr(value, '__name__', value)!r} is not Keras's own"
             if hasattr(value, "get_config"):
-                lost = _attribute_lost(value)
+                lost = attribute_lost(value)
                 if lost:
                     return f"the config of {key} {type(value).__name__!r} loses {lost!r}"
-    try:
-        history_of(model)
-    except ValueError as error:
-        return str(error)
     return None
 
 
@@ -223,57 +290,6 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield from _leaves(item)
     elif value is not None:
         yield value
-
-
-def _attribute_lost(value: Any) -> str | None:
-    """Rebuild a small object from its config and compare what it remembers."""
-    twin = type(value).from_config(value.get_config())
-    ours: dict[str, Any] = vars(value)
-    theirs: dict[str, Any] = vars(twin)
-    for name in sorted(ours.keys() | theirs.keys()):
-        if not name.startswith(_PROGRESS) and not _alike(ours.get(name), theirs.get(name), depth=4):
-            return name
-    return None
-
-
-#: Attributes, by how they begin, that say how far an object has come, which its
-#: variables carry; and what Keras and TensorFlow keep to find those.
-_PROGRESS = (
-    "built",
-    "_built",
-    "_exclude_from_weight_decay_cache",
-    "_self_",
-    "_tracker",
-    "_trainable_variables_indices",
-)
-
-
-def _alike(a: Any, b: Any, depth: int) -> bool:
-    """Compare remembered values; what holds variables only is the table's business."""
-    if _holds_variables(a) or _holds_variables(b):
-        return True
-    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
-        return np.array_equal(a, b)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(_alike(x, y, depth) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_alike(a[k], b[k], depth) for k in a)
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, (types.FunctionType, type, str, int, float, complex, bytes, set, frozenset)):
-        return bool(a is b or a == b)
-    if hasattr(a, "__dict__"):
-        names = vars(a).keys() | vars(b).keys()
-        return depth > 0 and all(_alike(vars(a).get(k), vars(b).get(k), depth - 1) for k in names)
-    return bool(a == b)
-
-
-def _holds_variables(value: Any) -> bool:
-    if isinstance(value, keras.Variable):
-        return True
-    if isinstance(value, (list, tuple)):
-        return bool(value) and all(map(_holds_variables, value))
-    return False
 
 
 def _plain(value: Any) -> bool:

@@ -66,6 +66,23 @@ def as_frame(array: npt.NDArray[np.generic]) -> Frame:
     return flat.data.toreadonly()
 
 
+def layout(sizes: Sequence[int]) -> list[Location]:
+    """Say where arrays of these sizes, in bytes, lie: small ones in the arena, frame 0.
+
+    Sender and receiver derive it alike, so that no header can say anything else.
+    """
+    locations = []
+    offset, frame = 0, 0
+    for size in sizes:
+        if size < LARGE:
+            locations.append(Location(0, offset, size))
+            offset += _aligned(size)
+        else:
+            frame += 1
+            locations.append(Location(frame, 0, size))
+    return locations
+
+
 def pack(arrays: Sequence[npt.NDArray[np.generic]]) -> tuple[list[Location], list[Frame]]:
     """Lay arrays out in frames.
 
@@ -77,7 +94,7 @@ def pack(arrays: Sequence[npt.NDArray[np.generic]]) -> tuple[list[Location], lis
     Returns
     -------
     locations : list of Location
-        One for each array, in order.
+        One for each array, in order, as :func:`layout` says.
     frames : list of memoryview
         Read-only. The arena first, then the large arrays in order.
 
@@ -86,27 +103,26 @@ def pack(arrays: Sequence[npt.NDArray[np.generic]]) -> tuple[list[Location], lis
     Copies: one for each array under :data:`LARGE` bytes (into the arena); none for
     the others if they are C-contiguous.
     """
-    small = [array for array in arrays if array.nbytes < LARGE]
-    arena_size = sum(_aligned(array.nbytes) for array in small)
+    locations = layout([array.nbytes for array in arrays])
     # Never of no bytes, which comms have trouble with, and there even if nothing is small:
     # the first frame may be received into one buffer with the header, at any address.
-    arena = np.zeros(max(arena_size, ALIGNMENT), np.uint8)
+    size = sum(_aligned(each.nbytes) for each in locations if each.frame == 0)
+    arena = np.zeros(max(size, ALIGNMENT), np.uint8)
     frames: list[Frame] = [arena.data.toreadonly()]
-    locations = []
-    offset = 0
-    for array in arrays:
-        if array.nbytes < LARGE:
-            arena[offset : offset + array.nbytes] = as_frame(array)
-            locations.append(Location(0, offset, array.nbytes))
-            offset += _aligned(array.nbytes)
+    for array, (frame, offset, nbytes) in zip(arrays, locations, strict=True):
+        if frame == 0:
+            arena[offset : offset + nbytes] = as_frame(array)
         else:
-            locations.append(Location(len(frames), 0, array.nbytes))
             frames.append(as_frame(array))
     return locations, frames
 
 
 def check(
-    frames: Sequence[Frame], sizes: Sequence[int], fingerprints: Sequence[int], owner: str
+    frames: Sequence[Frame],
+    sizes: Sequence[int],
+    fingerprints: Sequence[int],
+    whole: Sequence[int],
+    owner: str,
 ) -> None:
     """Refuse frames that are not, one for one, those that were sent.
 
@@ -116,6 +132,8 @@ def check(
         What arrived.
     sizes, fingerprints : sequence of int
         Length in bytes and :func:`fingerprint` of each frame as it was sent.
+    whole : sequence of int
+        Frames whose fingerprint is over all their bytes.
     owner : str
         Whose frames they are, for the error.
 
@@ -135,7 +153,7 @@ def check(
                 f"{owner}: frame {i} has {frame.nbytes} bytes where {size} were sent; "
                 "it was truncated or the frames are out of order, send it again"
             )
-        if fingerprint(frame) != mark:
+        if (zlib.crc32(frame) if i in whole else fingerprint(frame)) != mark:
             raise DecodeError(
                 f"{owner}: frame {i} does not hold the bytes that were sent; "
                 "it was altered or the frames are out of order, send it again"
@@ -187,8 +205,7 @@ def fingerprint(frame: Frame) -> int:
     """Tell frames apart at a cost that does not grow with them.
 
     A CRC-32 over at most 4 KiB sampled evenly over the frame, its first and last
-    bytes among them. It finds frames that changed places; it is no checksum of the
-    whole, which TCP and TLS already carry.
+    bytes among them. It is no checksum of the whole, which TCP and TLS already carry.
 
     Parameters
     ----------
@@ -208,6 +225,40 @@ def fingerprint(frame: Frame) -> int:
         start = (size - _SAMPLE) * i // (_SAMPLES - 1)
         mark = zlib.crc32(frame[start : start + _SAMPLE], mark)
     return mark
+
+
+def fingerprints(frames: Sequence[Frame]) -> tuple[list[int], list[int]]:
+    """Tell frames of one message apart, so that none can take another's place.
+
+    Parameters
+    ----------
+    frames : sequence of memoryview
+
+    Returns
+    -------
+    fingerprints : list of int
+        :func:`fingerprint` of each; the CRC-32 of all its bytes where two frames of the
+        same size and fingerprint are different.
+    whole : list of int
+        Which those are.
+    """
+    marks = [fingerprint(frame) for frame in frames]
+    alike: dict[tuple[int, int], list[int]] = {}
+    for i, frame in enumerate(frames):
+        alike.setdefault((frame.nbytes, marks[i]), []).append(i)
+    whole = []
+    for places in alike.values():
+        if any(not _equal(frames[places[0]], frames[i]) for i in places[1:]):
+            whole += places
+    for i in whole:
+        marks[i] = zlib.crc32(frames[i])
+    return marks, sorted(whole)
+
+
+def _equal(a: Frame, b: Frame) -> bool:
+    step = 2**20  # stop early, and need no memory of their size
+    x, y = np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8)
+    return all(np.array_equal(x[i : i + step], y[i : i + step]) for i in range(0, len(x), step))
 
 
 def as_frames(buffers: Sequence[object], owner: str, *, keep: bool = False) -> list[Frame]:
@@ -242,7 +293,7 @@ def as_frames(buffers: Sequence[object], owner: str, *, keep: bool = False) -> l
         views = [memoryview(buffer) for buffer in buffers]  # type: ignore[arg-type]
         # an empty view with a zero in its shape cannot be cast
         views = [view.cast("B") if view.nbytes else memoryview(b"") for view in views]
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # ValueError: a released one, a dtype without letter
         raise DecodeError(f"{owner}: a frame is not a contiguous buffer: {error}") from None
     return [view if keep and _fills_its_buffer(view) else view.toreadonly() for view in views]
 

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dask_keras_serialize.errors import DecodeError
+
 if TYPE_CHECKING:
     import keras
+
+    from dask_keras_serialize.packed import BrokenModel
 
 
 def serialize_keras_model(model: keras.Model) -> tuple[dict[str, Any], list[memoryview]]:
@@ -38,7 +42,7 @@ def serialize_keras_model(model: keras.Model) -> tuple[dict[str, Any], list[memo
     return header.to_wire(), list(frames)
 
 
-def deserialize_keras_model(header: dict[str, Any], frames: list[Any]) -> keras.Model:
+def deserialize_keras_model(header: dict[str, Any], frames: list[Any]) -> keras.Model | BrokenModel:
     """Deserialize what :func:`serialize_keras_model` wrote.
 
     Parameters
@@ -52,6 +56,8 @@ def deserialize_keras_model(header: dict[str, Any], frames: list[Any]) -> keras.
     Returns
     -------
     keras.Model
+        Or, on a worker where it cannot be rebuilt, BrokenModel: an exception while a
+        worker reads what it fetches from another would leave its task waiting forever.
 
     Raises
     ------
@@ -59,9 +65,16 @@ def deserialize_keras_model(header: dict[str, Any], frames: list[Any]) -> keras.
         If header and frames are not whole, or the model cannot be rebuilt here.
     """
     from dask_keras_serialize.header import Header
-    from dask_keras_serialize.protocol import decode
+    from dask_keras_serialize.packed import broken, importing_keras
 
-    return decode(Header.from_wire(header), frames, keep=True)
+    try:
+        checked = Header.from_wire(header)
+        with importing_keras(checked):
+            from dask_keras_serialize.protocol import decode
+
+        return decode(checked, frames, keep=True)
+    except DecodeError as error:
+        return broken(error)
 
 
 def sizeof_model(model: keras.Model) -> int:

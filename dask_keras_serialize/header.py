@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from typing import Any, Literal
 import msgpack
 
 from dask_keras_serialize.errors import DecodeError
-from dask_keras_serialize.frames import Location
+from dask_keras_serialize.frames import Frame, Location, fingerprints
 
 FORMAT = "dask-keras-serialize"
 
@@ -94,6 +94,8 @@ class Header:
     variables : tuple of VariableEntry
     frame_sizes, fingerprints : tuple of int
         Of each frame, in order; see :mod:`dask_keras_serialize.frames`.
+    whole : tuple of int
+        Frames whose fingerprint is over all their bytes.
     byteorder : str
         ``sys.byteorder`` of the sender.
     """
@@ -107,6 +109,7 @@ class Header:
     variables: tuple[VariableEntry, ...] = field(repr=False)
     frame_sizes: tuple[int, ...] = field(default=(), repr=False)
     fingerprints: tuple[int, ...] = field(default=(), repr=False)
+    whole: tuple[int, ...] = field(default=(), repr=False)
     byteorder: str = sys.byteorder
 
     @property
@@ -119,9 +122,11 @@ class Header:
         """Bytes of all frames."""
         return sum(self.frame_sizes)
 
-    def with_frames(self, sizes: list[int], fingerprints: list[int]) -> Header:
+    def with_frames(self, frames: Sequence[Frame]) -> Header:
         """Return this header with the frames it describes."""
-        return replace(self, frame_sizes=tuple(sizes), fingerprints=tuple(fingerprints))
+        marks, whole = fingerprints(frames)
+        sizes = tuple(frame.nbytes for frame in frames)
+        return replace(self, frame_sizes=sizes, fingerprints=tuple(marks), whole=tuple(whole))
 
     def to_wire(self) -> dict[str, Any]:
         """Return the header as plain values, safe for msgpack."""
@@ -140,6 +145,7 @@ class Header:
             ],
             "frame-sizes": list(self.frame_sizes),
             "fingerprints": list(self.fingerprints),
+            "whole": list(self.whole),
         }
 
     @classmethod
@@ -172,7 +178,7 @@ class Header:
             )
         try:
             header = cls._read(wire)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             if isinstance(error, DecodeError):
                 raise
             raise DecodeError(f"malformed {FORMAT} header: {error!r}; send it again") from None
@@ -195,6 +201,7 @@ class Header:
             variables=tuple(_entry(row) for row in wire["variables"]),
             frame_sizes=tuple(_natural(n) for n in wire["frame-sizes"]),
             fingerprints=tuple(_natural(n) for n in wire["fingerprints"]),
+            whole=tuple(_natural(n) for n in wire["whole"]),
         )
 
     def _check(self) -> None:

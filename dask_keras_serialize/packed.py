@@ -8,7 +8,8 @@ the model opens it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -56,16 +57,15 @@ class PackedModel:
         DecodeError
             If it cannot be rebuilt here.
         """
-        try:
+        with importing_keras(self.header):
             from dask_keras_serialize.protocol import decode
-        except ImportError as error:
-            raise DecodeError(
-                f"{self.header.owner}: Keras and its backend {self.header.backend!r} are needed "
-                f"to open it and cannot be imported here ({error}): install them, as with "
-                f"pip install {FORMAT}[{self.header.backend}]"
-            ) from error
 
         return decode(self.header, self.frames)
+
+    def __getattr__(self, name: str) -> PackedAttribute:
+        if name.startswith("__"):  # what Python and Dask ask of any object
+            raise AttributeError(name)
+        return PackedAttribute(self, name)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # arrays, not bytes: pickle 5 takes them out of band, joblib maps them
@@ -87,6 +87,41 @@ class PackedModel:
             f"<PackedModel {self.header.name!r} ({self.header.class_name}), "
             f"{len(self.header.variables)} variables, {self.nbytes} bytes>"
         )
+
+
+class PackedAttribute:
+    """An attribute of a closed model, such as its method ``predict``; as closed.
+
+    A bound method pickles as ``getattr(model, name)``, which a scheduler runs when it
+    unpickles a graph.
+    """
+
+    def __init__(self, packed: PackedModel, name: str) -> None:
+        self._packed = packed
+        self._name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Open the model and call its method."""
+        return getattr(self._packed.open(), self._name)(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._packed, self._name)
+
+    def __repr__(self) -> str:
+        return f"<{self._name} of {self._packed!r}>"
+
+
+@contextmanager
+def importing_keras(header: Header) -> Iterator[None]:
+    """Turn what importing Keras and its backend raises into an error that names the model."""
+    try:
+        yield
+    except Exception as error:  # ImportError; ValueError for a backend that Keras does not know
+        raise DecodeError(
+            f"{header.owner}: Keras and its backend {header.backend!r} are needed to open it "
+            f"and cannot be imported here ({error}): install them, as with pip install "
+            f"{FORMAT}[{header.backend}], and set KERAS_BACKEND"
+        ) from error
 
 
 class BrokenModel:
@@ -114,6 +149,11 @@ class BrokenModel:
 
     def __repr__(self) -> str:
         return f"<BrokenModel: {self._error}>"
+
+    def _raise(self, *args: Any) -> Any:
+        raise self._error
+
+    __str__ = __bool__ = __iter__ = __len__ = __getitem__ = __contains__ = _raise
 
 
 def unpack(header: bytes, *buffers: object) -> keras.Model | PackedModel | BrokenModel:
@@ -144,11 +184,16 @@ def unpack(header: bytes, *buffers: object) -> keras.Model | PackedModel | Broke
         if scheduler is None or scheduler.address.startswith("inproc://"):
             return packed.open()
     except DecodeError as error:
-        if _read_by_worker():
-            return BrokenModel(error)
-        raise
+        return broken(error)
     _require_package(scheduler)
     return packed
+
+
+def broken(error: DecodeError) -> BrokenModel:
+    """Return what a worker holds in place of a model; raise the error elsewhere."""
+    if _read_by_worker():
+        return BrokenModel(error)
+    raise error
 
 
 def _caller(module: str, function: str) -> dict[str, Any] | None:

@@ -8,14 +8,20 @@ which alone imports it.
 
 from __future__ import annotations
 
+import random
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import keras
+import numpy as np
 from keras.src.ops.function import Function
 from keras.src.ops.node import Node
+from keras.src.random import seed_generator
 from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.utils import tracking
+from keras.src.utils.backend_utils import DynamicBackend as DynamicBackend
 from keras.src.utils.tracking import Tracker as Tracker
 
 from dask_keras_serialize.errors import EncodeError
@@ -53,6 +59,10 @@ KERAS = {
         "keras/src/trainers/trainer.py",
         "models with several losses are encoded by value",
     ),
+    "seed_generator.python_random": (
+        "keras/src/random/seed_generator.py",
+        "a rebuild draws from Python's global random numbers",
+    ),
     "KerasSaveable": (
         "keras/src/saving/keras_saveable.py",
         "encoding by value is refused",
@@ -85,6 +95,36 @@ def feeds_at_creation() -> bool:
     return hasattr(keras.Variable, "_initialize_with_initializer") and hasattr(
         keras.Variable, "_initialize"
     )
+
+
+@contextmanager
+def own_random() -> Iterator[None]:
+    """Let this thread's unseeded initializers and seeds draw from numbers of their own.
+
+    Python's global state is left alone, for this thread and for others.
+    """
+    original = getattr(seed_generator, "python_random", None)
+    if original is None:
+        yield
+        return
+    seed_generator.python_random = _Draws(original)
+    try:
+        yield
+    finally:
+        seed_generator.python_random = original
+
+
+class _Draws:
+    """Stands in for the module ``random``: one thread's numbers apart from the others'."""
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+        self._thread = threading.get_ident()
+        self._own = random.Random()
+
+    def __getattr__(self, name: str) -> Any:
+        here = threading.get_ident() == self._thread
+        return getattr(self._own if here else self._original, name)
 
 
 def flatten_layers(model: keras.Model) -> Iterator[keras.Layer]:
@@ -154,12 +194,17 @@ def reduce_tracked(obj: Any) -> tuple[Any, ...]:
     return type(obj), (list(obj),), state
 
 
+def reduce_backend(obj: Any) -> tuple[Any, ...]:
+    """Reduce the backend that augmentation layers hold, which looks itself up for ever."""
+    return type(obj), (obj._backend,)
+
+
 class _Mender:
     """How one kind of object forgets its caches, and derives again what ids key."""
 
     def __init__(
         self,
-        cls: type,
+        cls: type | tuple[type, ...],
         drop: Callable[[Any, State], None] = lambda obj, state: None,
         mend: Callable[[Any, State], None] = lambda obj, state: None,
     ) -> None:
@@ -228,6 +273,47 @@ def _mend_keys(optimizer: Any, state: State) -> None:
         attributes["_exclude_from_weight_decay_cache"] = {}
 
 
+#: Layers that hold a table of TensorFlow's, which nothing can pickle.
+LOOKUPS = (keras.layers.StringLookup, keras.layers.IntegerLookup)
+
+#: What of a lookup layer is a native resource, or follows from one
+#: (keras/src/layers/preprocessing/index_lookup.py).
+_NATIVE = (
+    "lookup_table",
+    "token_counts",
+    "token_document_counts",
+    "num_documents",
+    "idf_weights",
+    "idf_weights_const",
+    "_mask_key",
+    "_mask_value",
+)
+
+
+def _drop_table(layer: Any, state: State) -> None:
+    native = [name for name in _NATIVE if state.get(name) is not None]
+    for name in native:
+        del state[name]
+    weights = getattr(layer, "idf_weights_const", None)
+    state["native attributes"] = native
+    state["vocabulary of the table"] = (
+        [str(token) if isinstance(token, str) else int(token) for token in layer.get_vocabulary()],
+        None if weights is None else np.asarray(weights),
+    )
+
+
+def _mend_table(layer: Any, state: State) -> None:
+    native = vars(layer).pop("native attributes")
+    vocabulary, weights = vars(layer).pop("vocabulary of the table")
+    config = layer.get_config() | {"vocabulary": None, "name": layer.name}
+    twin = type(layer).from_config(config | ({"idf_weights": None} if weights is not None else {}))
+    if "lookup_table" in native and len(vocabulary) > twin.vocabulary_size():
+        twin.set_vocabulary(vocabulary, *(() if weights is None else (weights,)))
+    for name in native:
+        if name in vars(twin):
+            setattr(layer, name, getattr(twin, name))
+
+
 def _mend_ids(tracker: Any, state: State) -> None:
     tracker.stored_ids = {
         name: {id(item) for item in store} for name, (_, store) in tracker.config.items()
@@ -236,6 +322,7 @@ def _mend_ids(tracker: Any, state: State) -> None:
 
 MENDERS = (
     _Mender(keras.Layer, _drop_wrappers),
+    _Mender(LOOKUPS, _drop_table, _mend_table),
     _Mender(keras.Model, _drop_functions),
     _Mender(keras.optimizers.Optimizer, _drop_keys, _mend_keys),
     _Mender(Function, _drop_nodes, _mend_nodes),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import keras
 import numpy as np
 
 from dask_keras_serialize import backends, by_config, by_value, frames
-from dask_keras_serialize.errors import DecodeError, EncodeError
+from dask_keras_serialize.errors import DecodeError, EncodeError, KerasSerializeError
 from dask_keras_serialize.frames import Frame
 from dask_keras_serialize.header import (
     ITEMSIZE,
@@ -67,13 +68,13 @@ def encode(model: keras.Model, *, for_token: bool = False) -> tuple[Header, list
         logger.debug("%s goes by value: %s", owner, described)
         encoding, described = "value", by_value.dump(model, for_token=for_token)
     body, variables, extras = described
-    arrays = [backend.view(variable) for variable in variables]
     for variable in variables:
         if variable.dtype not in ITEMSIZE:
             raise EncodeError(
                 f"{owner}: variable {variable.path!r} has dtype {variable.dtype}, which cannot "
                 "travel yet: cast it, or keep it out of the model"
             )
+    arrays = [_view(backend, variable, owner) for variable in variables]
     locations, parts = frames.pack([*arrays, *extras])
     entries = tuple(
         VariableEntry(v.path, tuple(map(int, v.shape)), v.dtype, bool(v.trainable), location)
@@ -94,9 +95,22 @@ def encode(model: keras.Model, *, for_token: bool = False) -> tuple[Header, list
         body=body,
         variables=entries,
     )
-    return header.with_frames(
-        [part.nbytes for part in parts], [frames.fingerprint(part) for part in parts]
-    ), parts
+    return header.with_frames(parts), parts
+
+
+def _view(backend: Any, variable: keras.Variable, owner: str) -> backends.Array:
+    """View a variable, which another thread may be training."""
+    shape = tuple(variable.shape)
+    for _ in range(1000):
+        array: backends.Array = backend.view(variable)
+        if array.shape == shape:
+            return array
+        # TensorFlow takes a tensor apart for as long as it updates it in place
+        time.sleep(0.001)
+    raise EncodeError(
+        f"{owner}: variable {variable.path!r} of shape {shape} keeps reading as {array.shape} "
+        "while another thread updates it: send the model when it is not being trained"
+    )
 
 
 def decode(header: Header, buffers: Sequence[object], *, keep: bool = False) -> keras.Model:
@@ -128,13 +142,19 @@ def decode(header: Header, buffers: Sequence[object], *, keep: bool = False) -> 
     a large variable that ``keep`` allows and the backend can use where it lies.
     """
     parts = frames.as_frames(buffers, header.owner, keep=keep)
-    frames.check(parts, header.frame_sizes, header.fingerprints, header.owner)
+    frames.check(parts, header.frame_sizes, header.fingerprints, header.whole, header.owner)
     _check_environment(header)
     values = Values(header, parts)
     try:
         locations = [frames.Location(*map(int, row)) for row in header.body["extras"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DecodeError(f"{header.owner}: malformed header: {error!r}; send it again") from None
+    described = [*(variable.location for variable in header.variables), *locations]
+    if described != frames.layout([location.nbytes for location in described]):
+        raise DecodeError(
+            f"{header.owner}: malformed header: its variables do not lie where their sizes "
+            "put them; send it again"
+        )
     extras = [frames.unpack(parts, location, header.owner) for location in locations]
     twin = by_config if header.encoding == "config" else by_value
     return twin.load(header.body, values, extras)
@@ -161,7 +181,10 @@ def graph_nbytes(model: keras.Model) -> int:
 
 
 def _check_environment(header: Header) -> None:
-    here, _ = backends.current()
+    try:
+        here, _ = backends.current()
+    except KerasSerializeError as error:
+        raise DecodeError(f"{header.owner}: {error}") from None
     if header.backend not in backends.NAMES:
         raise DecodeError(f"{header.owner}: sent from an unknown backend {header.backend!r}")
     if header.backend != here:

@@ -3,8 +3,8 @@
 A rebuild holds one process-wide lock, because TensorFlow's graph construction is not
 thread-safe (tensorflow#35813) and because the hook that hands out values sits on a
 class that other threads use too; it acts for the building thread alone. A rebuild
-leaves Python's random state as it found it: Keras draws a seed from it for every
-unseeded initializer, and receiving a model must not change a user's experiment. Python's
+leaves Python's random state alone: Keras draws a seed from it for every unseeded
+initializer, and receiving a model must not change a user's experiment. Python's
 garbage collector waits: a rebuild makes some hundred thousand objects, no garbage among
 them, and searching them for it takes a tenth of the time.
 """
@@ -12,7 +12,7 @@ them, and searching them for it takes a tenth of the time.
 from __future__ import annotations
 
 import gc
-import random
+import math
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +24,8 @@ import numpy as np
 
 from dask_keras_serialize import backends, private
 from dask_keras_serialize.errors import DecodeError
-from dask_keras_serialize.frames import Frame, unpack
-from dask_keras_serialize.header import Header, VariableEntry
+from dask_keras_serialize.frames import LARGE, Frame, unpack
+from dask_keras_serialize.header import ITEMSIZE, Header
 
 #: ``id(variable)`` to the index of its value, and the variable, so that the id stays its.
 Given = dict[int, tuple[int, keras.Variable]]
@@ -68,16 +68,15 @@ class Values:
 
 @contextmanager
 def rebuilding() -> Iterator[None]:
-    """Hold the lock and the garbage collector; put Python's random state back at the end."""
-    with LOCK:
-        state, collects = random.getstate(), gc.isenabled()
+    """Hold the lock and the garbage collector; draw random numbers apart."""
+    with LOCK, private.own_random():
+        collects = gc.isenabled()
         gc.disable()
         try:
             yield
         finally:
             if collects:
                 gc.enable()
-            random.setstate(state)
 
 
 @contextmanager
@@ -112,6 +111,7 @@ def values_at_creation(values: Values) -> Iterator[Given]:
 
     def initialize(variable: keras.Variable, initializer: Any) -> None:
         if threading.get_ident() == builder:
+            _afford(variable, values.header)
             queue = waiting.get((_hint(variable.path), tuple(variable._shape), variable.dtype))
             if queue:
                 index = queue.popleft()
@@ -153,12 +153,7 @@ def assign_rest(variables: Sequence[keras.Variable], given: Given, values: Value
             f"{len(table)} were sent; {_versions(values.header)}"
         )
     for index, (variable, entry) in enumerate(zip(variables, table, strict=True)):
-        if not _fits(variable, entry):
-            raise DecodeError(
-                f"{owner}: variable {index} was sent as {entry.path!r} {entry.shape} "
-                f"{entry.dtype} but is rebuilt here as {variable.path!r} "
-                f"{tuple(variable.shape)} {variable.dtype}; {_versions(values.header)}"
-            )
+        check_fits(variable, index, values.header)
         if given.get(id(variable), (None, None))[0] != index:
             variable.assign(values.tensor(index))
             variable._path = entry.path
@@ -166,20 +161,37 @@ def assign_rest(variables: Sequence[keras.Variable], given: Given, values: Value
             variable.trainable = entry.trainable
 
 
+def _afford(variable: keras.Variable, header: Header) -> None:
+    """Refuse to create a variable larger than all that was sent: the config lies."""
+    shape = tuple(variable._shape)
+    if math.prod(shape) * ITEMSIZE.get(variable.dtype, 1) > max(header.nbytes, LARGE):
+        raise DecodeError(
+            f"{header.owner}: its config asks for a variable {variable.path!r} of shape {shape}, "
+            "larger than all the bytes that were sent; send it again"
+        )
+
+
 def _hint(path: str) -> tuple[str, ...]:
     # a Sequential's layers lose its name from their paths in a rebuild by Keras
     return tuple(path.split("/")[-2:])
 
 
-def _fits(variable: keras.Variable, entry: VariableEntry) -> bool:
-    return tuple(variable.shape) == entry.shape and variable.dtype == entry.dtype
+def check_fits(variable: keras.Variable, index: int, header: Header) -> None:
+    """Raise DecodeError unless a rebuilt variable is the one of a row of the table."""
+    entry = header.variables[index]
+    if tuple(variable.shape) != entry.shape or variable.dtype != entry.dtype:
+        raise DecodeError(
+            f"{header.owner}: variable {index} was sent as {entry.path!r} {entry.shape} "
+            f"{entry.dtype} but is rebuilt here as {variable.path!r} "
+            f"{tuple(variable.shape)} {variable.dtype}; {_versions(header)}"
+        )
 
 
 def _versions(header: Header) -> str:
-    return (
-        f"it was sent by keras {header.versions.get('keras')}, this is keras "
-        f"{keras.version()}: use the same version on both sides"
-    )
+    theirs, here = header.versions.get("keras"), keras.version()
+    if theirs == here:
+        return f"both sides run keras {here}: report it with the model's config"
+    return f"it was sent by keras {theirs}, this is keras {here}: use the same on both sides"
 
 
 def _dtype(name: str) -> np.dtype[Any]:

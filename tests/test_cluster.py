@@ -140,6 +140,32 @@ def tasks_with_a_model(dask_scheduler):
     return sum(b"dask_keras_serialize.packed" in cloudpickle.dumps(spec) for spec in specs)
 
 
+def test_methods_of_models_are_tasks(client):
+    model = zoo.build("trained")
+    expected = model.predict(CHUNKS[0], verbose=0)
+    assert same([client.submit(model.predict, CHUNKS[0], verbose=0).result()], [expected])
+    assert same([dask.delayed(model.predict)(CHUNKS[0], verbose=0).compute()], [expected])
+    results = client.gather(client.map(model.predict, CHUNKS, verbose=0))
+    assert same(results, [model.predict(chunk, verbose=0) for chunk in CHUNKS])
+    assert client.run_on_scheduler(tasks_with_a_model) <= 3
+
+
+def test_impure_maps_share_no_model(client):
+    """Each may change its own."""
+
+    def grow(i, model):
+        model.variables[0].assign(model.variables[0] + 1)
+        return float(np.asarray(model.variables[0]).mean())
+
+    model = zoo.build("sequential")
+    before = float(np.asarray(model.variables[0]).mean())
+    first = client.map(grow, [0], model=model, pure=False)
+    a = client.gather(first)[0]
+    second = client.map(grow, [0], model=model, pure=False)
+    b = client.gather(second)[0]
+    assert a == b == pytest.approx(before + 1, abs=1e-5)
+
+
 def test_two_maps_do_not_mix_their_models_up(client):
     a, b = zoo.build("sequential"), zoo.build("functional")
     first = client.map(predict, CHUNKS, model=a)

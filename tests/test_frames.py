@@ -59,13 +59,13 @@ def test_a_location_outside_the_frames_names_its_owner(location):
 
 
 def described(*parts):
-    return [part.nbytes for part in parts], [frames.fingerprint(part) for part in parts]
+    return [part.nbytes for part in parts], *frames.fingerprints(parts)
 
 
 def test_check_names_what_is_wrong():
     a, b = memoryview(bytes(range(200))), memoryview(bytes(range(1, 201)))
-    sizes, marks = described(a, b)
-    frames.check([a, b], sizes, marks, "it")
+    sizes, marks, whole = described(a, b)
+    frames.check([a, b], sizes, marks, whole, "it")
     for wrong, message in [
         ([a], "1 frames arrived where 2"),
         ([a, b, b], "3 frames arrived where 2"),
@@ -74,7 +74,22 @@ def test_check_names_what_is_wrong():
         ([a, memoryview(bytes(200))], "does not hold the bytes"),
     ]:
         with pytest.raises(DecodeError, match=message):
-            frames.check(wrong, sizes, marks, "it")
+            frames.check(wrong, sizes, marks, whole, "it")
+
+
+def test_frames_that_look_alike_cannot_change_places():
+    """Sparse tables: no sample shows their difference."""
+    one, other, third = (bytearray(10 * LARGE) for _ in range(3))
+    other[LARGE + 5] = 1
+    parts = [memoryview(part) for part in (one, other, third)]
+    assert len({frames.fingerprint(part) for part in parts}) == 1
+    sizes, marks, whole = described(*parts)
+    assert whole == [0, 1, 2]
+    frames.check(parts, sizes, marks, whole, "it")
+    frames.check([parts[2], parts[1], parts[0]], sizes, marks, whole, "it")  # equal ones may
+    with pytest.raises(DecodeError, match="out of order"):
+        frames.check([parts[1], parts[0], parts[2]], sizes, marks, whole, "it")
+    assert described(parts[0], parts[2])[2] == []  # costs nothing where nothing differs
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096, 4097, 100_000])
@@ -127,7 +142,9 @@ def test_as_frames_takes_any_contiguous_buffer_uncopied():
     (frame,) = frames.as_frames([array], "it")
     assert (frame.nbytes, frame.readonly, address(frame)) == (12, True, array.ctypes.data)
     assert frames.as_frames([b"", np.zeros((0, 2))], "it")[1].nbytes == 0
-    for wrong in (array.T, "text", None):
+    released = memoryview(b"x")
+    released.release()
+    for wrong in (array.T, "text", None, released, np.zeros(3, "datetime64[s]")):
         with pytest.raises(DecodeError, match="it: a frame is not a contiguous buffer"):
             frames.as_frames([wrong], "it")
 

@@ -1,3 +1,4 @@
+import copy
 import subprocess
 import sys
 
@@ -44,6 +45,7 @@ class Net(keras.Model):
         super().__init__()
         self.dense = keras.layers.Dense(width)
         self.tags = {"b": 1, "a": 2}
+        self.words = {"one", "two", "three"}
     def call(self, x):
         return self.dense(x) + 1
 net = Net(3)
@@ -71,6 +73,17 @@ def test_tokens_are_the_same_in_every_process(tmp_path):
     assert len(printed) == 1
     first, second, _ = printed.pop().split()
     assert first == second
+
+
+@pytest.mark.parametrize("name", ["trained", "trained subclassed", "attribute"])
+def test_tokens_stay_the_same_in_use_and_on_the_way(name):
+    model = zoo.build(name)
+    model.predict(zoo.X, verbose=0)
+    token = tokenize(model)
+    model.predict(zoo.X[:8], verbose=0)
+    assert tokenize(model) == token
+    assert tokenize(copy.deepcopy(model)) == token
+    assert tokenize(copy.deepcopy(copy.deepcopy(model))) == token
 
 
 def test_sizeof_counts_variables_and_the_graph_around_them():

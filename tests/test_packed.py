@@ -41,6 +41,19 @@ def addresses(frame):
     return np.frombuffer(frame, np.uint8).ctypes.data
 
 
+def test_a_closed_model_hands_its_methods_on_closed(monkeypatch):
+    """As a scheduler does with ``client.submit(model.predict, x)``."""
+    model = zoo.build("trained")
+    stream = pickle.dumps(model.predict)
+    monkeypatch.setattr(packed, "unpack", keep)
+    closed = pickle.loads(stream)
+    assert "predict of <PackedModel" in repr(closed)
+    monkeypatch.undo()
+    again = pickle.loads(pickle.dumps(closed))
+    np.testing.assert_array_equal(again(zoo.X, verbose=0), model.predict(zoo.X, verbose=0))
+    np.testing.assert_array_equal(closed(zoo.X, verbose=0), model.predict(zoo.X, verbose=0))
+
+
 def test_a_broken_model_raises_its_error_on_any_use():
     broken = BrokenModel(DecodeError("model 'm': why"))
     assert "model 'm': why" in repr(broken)
@@ -49,6 +62,9 @@ def test_a_broken_model_raises_its_error_on_any_use():
         lambda: broken(1),
         lambda: broken.weights,
         lambda: pickle.dumps(broken),
+        lambda: str(broken),
+        lambda: bool(broken),
+        lambda: list(broken),
     ):
         with pytest.raises(DecodeError, match="model 'm': why"):
             use()

@@ -32,6 +32,7 @@ FOUND = {
     "Trainer._compile_metrics": lambda m: m._compile_metrics._flat_metrics,
     "Trainer._compile_loss": lambda m: m._compile_loss.metrics,
     "Function._outputs_struct": lambda m: zoo.functional()._outputs_struct,
+    "seed_generator.python_random": lambda m: private.seed_generator.python_random.randint,
     "KerasSaveable": lambda m: issubclass(keras.Layer, private.KerasSaveable) or None,
     "Node": lambda m: m.layers[0]._inbound_nodes[0].operation,
     "Tracker": lambda m: m._tracker.stored_ids,

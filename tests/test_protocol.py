@@ -3,6 +3,8 @@
 import gc
 import logging
 import random
+import threading
+import time
 
 import keras
 import msgpack
@@ -166,6 +168,42 @@ def test_random_state_is_left_alone(name):
     assert gc.isenabled()
     assert random.getstate() == state
     assert np.random.get_state()[1].tobytes() == numpy_state
+
+
+def test_other_threads_keep_their_random_numbers():
+    model = keras.Sequential([keras.Input((4,)), *[layers.Dense(4) for _ in range(40)]])
+    header, parts = encode(model)
+    done = threading.Event()
+
+    def decode_on():
+        while not done.is_set():
+            decode(header, parts)
+
+    thread = threading.Thread(target=decode_on)
+    thread.start()
+    drawn = [random.getrandbits(64) for _ in range(2000) if not time.sleep(0.0005)]
+    done.set()
+    thread.join()
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_a_model_in_training_is_sent_whole_or_refused():
+    model = zoo.build("trained")
+    done = threading.Event()
+
+    def train():
+        while not done.is_set():
+            model.fit(zoo.X, zoo.LABELS, batch_size=2, verbose=0)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        for _ in range(60):
+            header, _ = encode(model)
+            Header.from_wire(header.to_wire())  # refuses a variable of no bytes
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_the_hook_on_variables_is_taken_off_even_after_an_error():

@@ -210,6 +210,103 @@ def vocabulary() -> keras.Model:
     return keras.Model(inputs, layers.Dense(2)(layers.Embedding(20, 3)(vectorize(inputs))))
 
 
+def thawed() -> keras.Model:
+    model = mlp()
+    model.trainable = False
+    model.layers[0].trainable = True
+    return model
+
+
+def made_under(policy: str, floatx: str = "float32") -> keras.Model:
+    before, before_x = keras.config.dtype_policy(), keras.config.floatx()
+    keras.config.set_floatx(floatx)
+    keras.config.set_dtype_policy(policy)
+    try:
+        return trained(mlp())
+    finally:
+        keras.config.set_dtype_policy(before)
+        keras.config.set_floatx(before_x)
+
+
+def relu(x: Any) -> Any:
+    """Named like Keras's own."""
+    return x * 0 + 7.0
+
+
+def mae(y: Any, p: Any) -> Any:
+    """Named like Keras's own."""
+    return keras.ops.mean(keras.ops.abs(p)) + 42.0
+
+
+def other_loss(y: Any, p: Any) -> Any:
+    return keras.ops.mean(keras.ops.square(p))
+
+
+def stack(*more: Any, **dense: Any) -> keras.Model:
+    return keras.Sequential([keras.Input((WIDTH,)), layers.Dense(3, **dense), *more])
+
+
+def rule_set_later(on: str) -> keras.Model:
+    model = stack()
+    rule = keras.regularizers.L2(0.5)
+    if on == "layer":
+        model.layers[0].kernel_regularizer = rule
+    else:
+        model.layers[0].kernel.regularizer = rule
+    return compiled(model)
+
+
+def masking_set() -> keras.Model:
+    model = stack()
+    model.layers[0].supports_masking = False
+    return model
+
+
+def recurrent_of(layer: keras.Layer) -> keras.Model:
+    return keras.Sequential([keras.Input((4, 2)), layer])
+
+
+def same_metric_twice() -> keras.Model:
+    model, metric = mlp(), keras.metrics.SparseCategoricalAccuracy()
+    loss = "sparse_categorical_crossentropy"
+    model.compile("adam", loss, metrics=[metric], weighted_metrics=[metric])
+    model.fit(X, LABELS, verbose=0)
+    return model
+
+
+def with_history_of_arrays() -> keras.Model:
+    model = mlp()
+    model.history = {"loss": np.arange(3)}
+    return model
+
+
+class Words(keras.Model):
+    """A table of TensorFlow's inside a subclass."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        length = 3 if mode == "int" else None
+        self.vectorize = layers.TextVectorization(output_mode=mode, output_sequence_length=length)
+        self.vectorize.adapt(["a b c", "b c d é"])
+        self.dense = layers.Dense(2)
+
+    def call(self, x: Any) -> Any:
+        return self.dense(keras.ops.cast(self.vectorize(x), "float32"))
+
+
+def words(mode: str) -> keras.Model:
+    model = Words(mode)
+    model(keras.ops.convert_to_tensor(["a b", "c"]))
+    return model
+
+
+def frequencies() -> keras.Model:
+    vectorize = layers.TextVectorization(output_mode="tf_idf")
+    vectorize.adapt(["a b c", "b c d é"])
+    inputs = keras.Input((), dtype="string")
+    return keras.Model(inputs, layers.Dense(2)(vectorize(inputs)))
+
+
 #: How each travels, by name; the reason it goes by value is in fidelity's tests.
 BY_CONFIG: dict[str, Callable[[], keras.Model]] = {
     "sequential": mlp,
@@ -235,6 +332,12 @@ BY_CONFIG: dict[str, Callable[[], keras.Model]] = {
     "mixed precision": mixed_precision,
     "recurrent": recurrent,
     "vocabulary": vocabulary,
+    "thawed": thawed,
+    "trained under mixed_float16": lambda: made_under("mixed_float16"),
+    "trained under bfloat16": lambda: made_under("bfloat16"),
+    "with constraints": lambda: compiled(
+        stack(kernel_constraint="max_norm", bias_regularizer="l2", activation="relu")
+    ),
 }
 BY_VALUE: dict[str, Callable[[], keras.Model]] = {
     "subclassed": subclassed,
@@ -250,6 +353,29 @@ BY_VALUE: dict[str, Callable[[], keras.Model]] = {
         mlp(1, None), keras.losses.Huber(delta=3.0), "binary", ("mae", keras.metrics.AUC())
     ),
     "excluded from decay": excluded_from_decay,
+    "activation named like Keras's": lambda: stack(activation=relu),
+    "keras.ops.gelu": lambda: stack(activation=keras.ops.gelu),
+    "lambda activation": lambda: stack(activation=lambda x: x + 1),
+    "loss of one's own": lambda: trained(mlp(1, None), other_loss, "binary", ()),
+    "metric named like Keras's": lambda: trained(mlp(1, None), "mse", "binary", (mae,)),
+    "regularizer of one's own": lambda: stack(kernel_regularizer=lambda w: keras.ops.sum(w)),
+    "rule set on a layer later": lambda: rule_set_later("layer"),
+    "rule set on a variable": lambda: rule_set_later("variable"),
+    "augmentation's argument": lambda: keras.Sequential(
+        [layers.RandomFlip(), layers.MaxNumBoundingBoxes(3, fill_value=-7)]
+    ),
+    "argument no config has": lambda: recurrent_of(layers.SimpleRNN(3, seed=7)),
+    "initializer's argument": lambda: keras.Sequential(
+        [layers.Dense(WIDTH, kernel_initializer=keras.initializers.Identity(gain=3.0))]
+    ),
+    "masking set": masking_set,
+    "trained under float64": lambda: made_under("float64", "float64"),
+    "R2Score": lambda: trained(mlp(1, None), "mse", "binary", (keras.metrics.R2Score(),)),
+    "same metric twice": same_metric_twice,
+    "history of arrays": with_history_of_arrays,
+    "words": lambda: words("int"),
+    "word counts": lambda: words("count"),
+    "document frequencies": frequencies,
 }
 ALL = BY_CONFIG | BY_VALUE
 
@@ -261,6 +387,8 @@ def build(name: str) -> keras.Model:
 
 def inputs_for(model: keras.Model) -> Any:
     """Make a batch the model takes."""
+    if isinstance(model, Words):
+        return keras.ops.convert_to_tensor(["a b", "c e é"])
     if not isinstance(model, Subclassed):
         spec = model.inputs[0]
         if spec.dtype == "string":
@@ -273,6 +401,11 @@ def assert_same(a: keras.Model, b: keras.Model) -> None:
     """Fail unless two models are equal to the bit and share nothing."""
     assert type(a) is type(b)
     assert (a.name, a.built, a.compiled) == (b.name, b.built, b.compiled)
+    assert a.dtype_policy == b.dtype_policy
+    assert len(a.trainable_variables) == len(b.trainable_variables)
+    assert flags(a) == flags(b)
+    if a.built and getattr(a, "inputs", None):
+        np.testing.assert_array_equal([float(x) for x in a.losses], [float(x) for x in b.losses])
     ours, theirs = variables_of(a), variables_of(b)
     assert [describe(v) for v in ours] == [describe(v) for v in theirs]
     for x, y in zip(ours, theirs, strict=True):
@@ -282,6 +415,10 @@ def assert_same(a: keras.Model, b: keras.Model) -> None:
         batch = inputs_for(a)
         for p, q in zip(predictions(a, batch), predictions(b, batch), strict=True):
             np.testing.assert_array_equal(p, q)
+
+
+def flags(model: keras.Model) -> list[bool]:
+    return [layer.trainable for layer in [model, *model._flatten_layers(include_self=False)]]
 
 
 def predictions(model: keras.Model, batch: Any) -> list[Any]:

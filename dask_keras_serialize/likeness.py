@@ -1,0 +1,132 @@
+"""Whether objects remember the same: a config's own memory put to the test.
+
+For losses, metrics, optimizers, initializers and the like, which are cheap to rebuild
+and compare, and for what a config cannot be trusted with in any object: functions,
+which it names, and constructor arguments, which it may leave out.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from typing import Any
+
+import keras
+import numpy as np
+
+#: Callables that Keras writes to a config by their name.
+FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
+
+
+@functools.cache
+def kind(cls: Any) -> str:
+    """Tell values by their class: functions, Keras's configurable objects, all others."""
+    if issubclass(cls, FUNCTIONS):
+        return "function"
+    configurable = hasattr(cls, "get_config") and not issubclass(cls, keras.Layer)
+    return "configurable" if configurable else "plain"
+
+
+@functools.lru_cache(256)
+def keras_finds(function: Any) -> bool:
+    """Say whether Keras finds this very function by its name."""
+    name = getattr(function, "__name__", "")
+    for registry in (keras.activations, keras.losses, keras.metrics):
+        try:
+            if registry.get(name) is function:
+                return True
+        except Exception:  # unknown there, or no name at all
+            continue
+    return False
+
+
+def argument_lost(obj: Any) -> str | None:
+    """Name a constructor argument that is no default and that the config does not have."""
+    unsaid = _UNSAID.get(obj.__class__)
+    if unsaid is None:
+        unsaid = _UNSAID[obj.__class__] = _unsaid(obj.__class__, obj)
+    for name, default in unsaid:
+        for holder in (obj, getattr(obj, "cell", None)):
+            attributes = getattr(holder, "__dict__", {})
+            for attribute in (name, f"_{name}"):
+                if attribute in attributes and not _alike(attributes[attribute], default, depth=1):
+                    return name
+    return None
+
+
+#: What :func:`_unsaid` found, by class.
+_UNSAID: dict[type, tuple[tuple[str, Any], ...]] = {}
+
+
+def _unsaid(cls: Any, example: Any) -> tuple[tuple[str, Any], ...]:
+    """Collect the arguments of a class, with their defaults, that its config leaves out."""
+    try:
+        said = {"activity_regularizer", "dtype", *example.get_config()}
+        parameters = inspect.signature(inspect.unwrap(cls.__init__)).parameters.values()
+    except Exception:  # get_config is anybody's code
+        return ()
+    return tuple(
+        (each.name, each.default)
+        for each in parameters
+        if each.default is not each.empty
+        and each.name not in said
+        and not isinstance(getattr(cls, each.name, None), property)
+    )
+
+
+def attribute_lost(value: Any) -> str | None:
+    """Rebuild a small object from its config and compare what it remembers."""
+    twin = type(value).from_config(value.get_config())
+    if isinstance(value, keras.Metric) and _shapes(value) != _shapes(twin):
+        return "variables"
+    ours: dict[str, Any] = vars(value)
+    theirs: dict[str, Any] = vars(twin)
+    for name in sorted(ours.keys() | theirs.keys()):
+        if not name.startswith(_PROGRESS) and not _alike(ours.get(name), theirs.get(name), depth=4):
+            return name
+    return None
+
+
+def _shapes(metric: keras.Metric) -> list[tuple[int, ...]]:
+    return [tuple(variable.shape) for variable in metric.variables]
+
+
+#: Attributes, by how they begin, that say how far an object has come, which its
+#: variables carry; and what Keras and TensorFlow keep to find those.
+_PROGRESS = (
+    "built",
+    "_built",
+    "_exclude_from_weight_decay_cache",
+    "_self_",
+    "_tracker",
+    "_trainable_variables_indices",
+)
+
+
+def _alike(a: Any, b: Any, depth: int) -> bool:
+    """Compare remembered values; what holds variables only is the table's business."""
+    if _holds_variables(a) or _holds_variables(b):
+        return True
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return np.array_equal(a, b)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(_alike(x, y, depth) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_alike(a[k], b[k], depth) for k in a)
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (types.FunctionType, type, str, int, float, complex, bytes, set, frozenset)):
+        return bool(a is b or a == b)
+    if hasattr(a, "__dict__"):
+        names = vars(a).keys() | vars(b).keys()
+        return depth > 0 and all(_alike(vars(a).get(k), vars(b).get(k), depth - 1) for k in names)
+    return bool(a == b)
+
+
+def _holds_variables(value: Any) -> bool:
+    if isinstance(value, keras.Variable):
+        return True
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(map(_holds_variables, value))
+    return False
