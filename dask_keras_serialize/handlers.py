@@ -6,9 +6,11 @@ until it is given a model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dask_keras_serialize.errors import DecodeError
+from dask_keras_serialize.header import FORMAT
 
 if TYPE_CHECKING:
     import keras
@@ -75,6 +77,19 @@ def deserialize_keras_model(header: dict[str, Any], frames: list[Any]) -> keras.
         return decode(checked, frames, keep=True)
     except DecodeError as error:
         return broken(error)
+
+
+def loads(original: Callable[..., Any], header: dict[str, Any], frames: list[Any]) -> Any:
+    """Load what Dask's family of serializers wrote, models by our own header.
+
+    Dask would unpickle the model's class first, to look up who loads it, and where that
+    cannot be imported, fail without a word on the model (``dask_loads`` in
+    ``distributed/protocol/serialize.py``).
+    """
+    ours = header.get("sub-header")
+    if isinstance(ours, dict) and ours.get("format") == FORMAT:
+        return deserialize_keras_model(ours, frames)
+    return original(header, frames)
 
 
 def sizeof_model(model: keras.Model) -> int:

@@ -128,8 +128,9 @@ class BrokenModel:
     """What a worker holds in place of a model that it could not open.
 
     An exception while a worker reads a task would close its stream to the scheduler,
-    and the next worker's, and theirs after. So the error waits here for the task that
-    uses the model, and fails that task alone.
+    and the next worker's, and theirs after; while it reads or sends a value, leave the
+    task that needs it waiting forever. So the error waits here for the task that uses
+    the model, and fails that task alone.
     """
 
     def __init__(self, error: DecodeError) -> None:
@@ -144,8 +145,8 @@ class BrokenModel:
         """Raise what opening the model raised."""
         raise self._error
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise self._error
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return BrokenModel, (self._error,)  # as broken where it goes next
 
     def __repr__(self) -> str:
         return f"<BrokenModel: {self._error}>"

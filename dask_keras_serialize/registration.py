@@ -25,6 +25,8 @@ What is taken, and what of it is private (each has a test that fails when it mov
   taken for one (``distributed/client.py``, ``_MapExpr._layer``).
 - ``Client.scatter`` and ``Client.submit``: ask first whether all workers have this
   package.
+- the "dask" family of serializers, public: loads models by their own header, without
+  the class that Dask would unpickle first.
 - the "error" family of serializers, public: adds our name to the error of a worker
   that returned a model through distributed's old handler.
 - ``DEFAULT_STARTUP_INFORMATION`` of ``distributed.worker``, public: workers tell the
@@ -45,6 +47,7 @@ from dask_keras_serialize.cluster import announce, explain_error, wrap_client
 from dask_keras_serialize.frames import host_array
 from dask_keras_serialize.handlers import (
     deserialize_keras_model,
+    loads,
     serialize_keras_model,
     sizeof_model,
     tokenize_model,
@@ -149,12 +152,14 @@ def _take_sizes(sizeof: Any) -> None:
 def _take_serializers(protocol: Any) -> None:
     _take("serialize", protocol.dask_serialize, serialize_keras_model)
     _take("deserialize", protocol.dask_deserialize, deserialize_keras_model)
-    if "error" not in _before:
-        # not protocol.serialize, which is the function of that name
-        original = sys.modules["distributed.protocol.serialize"].families["error"][1]
-        family = protocol.register_serialization_family
-        family("error", None, functools.partial(explain_error, original))
-        _before["error"] = functools.partial(family, "error", None, original)
+    # not protocol.serialize, which is the function of that name
+    families = sys.modules["distributed.protocol.serialize"].families
+    for name, ours in (("dask", loads), ("error", explain_error)):
+        if name not in _before:
+            dumps, original, _ = families[name]
+            family = functools.partial(protocol.register_serialization_family, name, dumps)
+            family(functools.partial(ours, original))
+            _before[name] = functools.partial(family, original)
 
 
 def _take_buffers(tcp: Any) -> None:

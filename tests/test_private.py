@@ -11,7 +11,7 @@ import pytest
 from distributed import protocol
 from distributed.comm import tcp
 from distributed.comm import utils as comm_utils
-from distributed.protocol.serialize import families
+from distributed.protocol.serialize import dask_loads, families
 from distributed.scheduler import Scheduler
 
 from dask_keras_serialize import private, registration
@@ -67,7 +67,8 @@ def test_dask_and_distributed():
     assert "deserialize(expr_ser" in inspect.getsource(Scheduler.update_graph)
     assert "def _from_frames" in inspect.getsource(comm_utils.from_frames)
     assert hasattr(distributed.Worker, "_instances"), "Worker._instances"
-    assert "error" in families
+    assert {"dask", "error"} <= families.keys()
+    assert 'loads(header["sub-header"], frames)' in inspect.getsource(dask_loads)
     with registration_undone():
         for module in (tcp, protocol.utils):
             buffer = module.host_array(1000)
