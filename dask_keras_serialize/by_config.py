@@ -57,11 +57,14 @@ def dump(model: keras.Model) -> tuple[dict[str, Any], list[keras.Variable], list
             config = keras.saving.serialize_keras_object(model)
     except Exception as error:  # get_config is anybody's code
         return f"it has no config: {str(error).strip().splitlines()[0]}"
-    lost = fidelity.loss_by_config(model, config)
+    try:
+        lost = fidelity.loss_by_config(model, config)
+        trainer = _describe_trainer(model) if model.compiled and not lost else None
+    except AttributeError as error:  # see private.KERAS
+        return f"what its config holds is not known of this Keras: {error}"
     if lost:
         return lost
     compile_config = config.pop("compile_config", None)
-    trainer = _describe_trainer(model) if model.compiled else None
     if isinstance(trainer, str):
         return trainer
     names, extras = _read_assets(model)

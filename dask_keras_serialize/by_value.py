@@ -12,7 +12,7 @@ It needs the same minor versions of Python and Keras and the same backend on bot
 sides, and it runs pickle: load only what you trust.
 
 Caches are dropped (traced functions, losses of the last call) and what Keras keys by
-``id()`` is mended; each case is a row of ``private.MENDERS``.
+``id()`` is mended; see ``mending``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ import numpy as np
 from dask_keras_serialize import backends
 from dask_keras_serialize.backends import Array
 from dask_keras_serialize.errors import DecodeError, EncodeError
-from dask_keras_serialize.private import State, Tracker, menders
+from dask_keras_serialize.mending import menders
+from dask_keras_serialize.private import MISSING, State, Tracker
 from dask_keras_serialize.rebuild import Values, check_fits, rebuilding
 from dask_keras_serialize.shells import ShellPickler, ShellUnpickler, own_method
 
@@ -64,6 +65,12 @@ def dump(
     -----
     Copies: none of variables' or arrays' bytes.
     """
+    if MISSING:
+        raise EncodeError(
+            f"model {model.name!r} ({type(model).__qualname__}) must go by value, which this "
+            f"keras {keras.version()} is too new for ({', '.join(MISSING)} is gone): use an "
+            "older one, or update this package"
+        )
     return _Dump(model, for_token).run()
 
 

@@ -52,7 +52,7 @@ def loss_by_config(model: keras.Model, config: Mapping[str, Any]) -> str | None:
     """
     if type(model) not in (keras.Sequential, keras.Model, _functional()):
         return f"{type(model).__qualname__} is a subclass of Model, with Python state of its own"
-    foreign = next(_foreign(config), None)
+    foreign = _foreign(config)
     if foreign:
         return f"{foreign} is not Keras's own"
     layers = list(private.flatten_layers(model))
@@ -98,26 +98,26 @@ def _empty_functional() -> keras.Model:
     return keras.Model(inputs, inputs)
 
 
-def _foreign(config: Any) -> Iterator[str]:
-    """Yield the names of classes and functions in a config that are not Keras's."""
-    if isinstance(config, Mapping):
-        name = config.get("class_name")
-        if name is not None and "config" in config:
-            module = config.get("module")
-            registered = config.get("registered_name")
-            if name == "__lambda__":
-                yield "a lambda"
-            elif (
-                name != "function"
-                and not str(name).startswith("__")
-                and (not _of_keras(module) or (registered and registered != name))
-            ):
-                yield f"class {name!r}"
-        for value in config.values():
-            yield from _foreign(value)
-    elif isinstance(config, (list, tuple)):
-        for value in config:
-            yield from _foreign(value)
+def _foreign(config: Any) -> str | None:
+    """Name a class in a config that is not Keras's own."""
+    waiting = [config]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, Mapping):
+            name = node.get("class_name")
+            if name is not None and "config" in node:
+                if name == "__lambda__":
+                    return "a lambda"
+                registered = node.get("registered_name")
+                if (
+                    name != "function"
+                    and not str(name).startswith("__")
+                    and (not _of_keras(node.get("module")) or (registered and registered != name))
+                ):
+                    return f"class {name!r}"
+            node = node.values()
+        waiting += [each for each in node if isinstance(each, (dict, list, tuple))]
+    return None
 
 
 def _of_keras(module: object) -> bool:

@@ -10,6 +10,7 @@ same thing in words.
 
 from __future__ import annotations
 
+import functools
 import math
 import platform
 import sys
@@ -237,6 +238,7 @@ class Header:
         return cls.from_wire(wire)
 
 
+@functools.cache
 def package_version() -> str:
     """Return the installed version of this package."""
     return metadata.version("dask-keras-serialize")

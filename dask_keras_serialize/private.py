@@ -3,28 +3,49 @@
 Each entry of :data:`KERAS` names what is touched, the upstream file, and what we do
 if it is gone. ``tests/test_private.py`` fails, naming the entry, when upstream moves.
 What is private of distributed is listed in :mod:`dask_keras_serialize.registration`,
-which alone imports it.
+which alone touches it; of TensorFlow, in its adapter.
 """
 
 from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import keras
-import numpy as np
-from keras.src.ops.function import Function
-from keras.src.ops.node import Node
-from keras.src.random import seed_generator
-from keras.src.saving.keras_saveable import KerasSaveable
-from keras.src.utils import tracking
-from keras.src.utils.backend_utils import DynamicBackend as DynamicBackend
-from keras.src.utils.tracking import Tracker as Tracker
 
-from dask_keras_serialize.errors import EncodeError
+#: What of Keras's own classes was not found; then nothing goes by value.
+MISSING: list[str] = []
+
+
+def _find(module: str, name: str) -> Any:
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError):
+        MISSING.append(f"{module}.{name}")
+        return type(name, (), {})  # of which nothing is an instance
+
+
+Function = _find("keras.src.ops.function", "Function")
+Node = _find("keras.src.ops.node", "Node")
+KerasSaveable = _find("keras.src.saving.keras_saveable", "KerasSaveable")
+Tracker = _find("keras.src.utils.tracking", "Tracker")
+DynamicBackend = _find("keras.src.utils.backend_utils", "DynamicBackend")
+
+#: Keras's containers that watch what is put into them.
+TRACKED = tuple(
+    _find("keras.src.utils.tracking", name)
+    for name in ("TrackedList", "TrackedDict", "TrackedOrderedDict", "TrackedSet")
+)
+
+#: Classes whose instances become shells when a model goes by value.
+SHELLS: tuple[type, ...] = (KerasSaveable, keras.Variable, keras.KerasTensor, Node, Tracker)
+
+_NOT_BY_CONFIG = "encoding by config is not chosen"
+_NOT_BY_VALUE = "encoding by value is refused"
 
 KERAS = {
     "Variable._initialize_with_initializer": (
@@ -33,61 +54,58 @@ KERAS = {
     ),
     "Variable._initialize": (
         "keras/src/backend/common/variables.py",
-        "as above; encoding by value is refused",
+        "as above; decoding by value fails",
     ),
-    "Layer._flatten_layers": (
-        "keras/src/layers/layer.py",
-        "encoding by config is not chosen",
+    "Variable._path": (
+        "keras/src/backend/common/variables.py",
+        "replicas' variables keep the paths of the rebuild",
     ),
-    "Layer._trainable_variables": (
-        "keras/src/layers/layer.py",
-        "encoding by config is not chosen",
+    "Layer._flatten_layers": ("keras/src/layers/layer.py", "layers are walked by model.layers"),
+    "Layer._trainable_variables": ("keras/src/layers/layer.py", _NOT_BY_CONFIG),
+    "Layer._non_trainable_variables": ("keras/src/layers/layer.py", _NOT_BY_CONFIG),
+    "Layer._seed_generators": ("keras/src/layers/layer.py", _NOT_BY_CONFIG),
+    "Layer._losses": ("keras/src/layers/layer.py", "nothing: it is a cache"),
+    "Function._outputs_struct": ("keras/src/ops/function.py", _NOT_BY_CONFIG),
+    "Function._operations": ("keras/src/ops/function.py", "functional models fail by value"),
+    "Function._nodes": ("keras/src/ops/function.py", "functional models fail by value"),
+    "Trainer._compile_config": ("keras/src/trainers/trainer.py", _NOT_BY_CONFIG),
+    "Trainer._compile_metrics": ("keras/src/trainers/trainer.py", _NOT_BY_CONFIG),
+    "Trainer._compile_loss": ("keras/src/trainers/trainer.py", _NOT_BY_CONFIG),
+    "CompileMetrics._flat_metrics": ("keras/src/trainers/compile_utils.py", _NOT_BY_CONFIG),
+    "CompileMetrics._flat_weighted_metrics": ("as _flat_metrics", _NOT_BY_CONFIG),
+    "Optimizer._trainable_variables": (
+        "keras/src/optimizers/base_optimizer.py",
+        _NOT_BY_CONFIG,
     ),
-    "Function._outputs_struct": (
-        "keras/src/ops/function.py",
-        "models with built metrics are encoded by value",
+    "Optimizer._learning_rate": ("keras/src/optimizers/base_optimizer.py", "it is not compared"),
+    "Optimizer._var_key": (
+        "keras/src/optimizers/base_optimizer.py",
+        "built optimizers fail by value",
     ),
-    "Trainer._compile_config": (
-        "keras/src/trainers/trainer.py",
-        "compiled models are encoded by value",
-    ),
-    "Trainer._compile_metrics": (
-        "keras/src/trainers/trainer.py",
-        "models with built metrics are encoded by value",
-    ),
-    "Trainer._compile_loss": (
-        "keras/src/trainers/trainer.py",
-        "models with several losses are encoded by value",
+    "Optimizer._trainable_variables_indices": (
+        "keras/src/optimizers/base_optimizer.py",
+        "nothing: it is derived",
     ),
     "seed_generator.python_random": (
         "keras/src/random/seed_generator.py",
         "a rebuild draws from Python's global random numbers",
     ),
-    "KerasSaveable": (
-        "keras/src/saving/keras_saveable.py",
-        "encoding by value is refused",
+    "IndexLookup.lookup_table": (
+        "keras/src/layers/preprocessing/index_lookup.py",
+        "tables fail by value",
     ),
-    "Node": ("keras/src/ops/node.py", "encoding by value is refused"),
-    "Tracker": ("keras/src/utils/tracking.py", "encoding by value is refused"),
-    "Optimizer._var_key": (
-        "keras/src/optimizers/base_optimizer.py",
-        "built optimizers are refused by value",
-    ),
-    "Function._nodes": ("keras/src/ops/function.py", "functional models are refused by value"),
+    "KerasSaveable": ("keras/src/saving/keras_saveable.py", _NOT_BY_VALUE),
+    "Node": ("keras/src/ops/node.py", _NOT_BY_VALUE),
+    "Tracker": ("keras/src/utils/tracking.py", _NOT_BY_VALUE),
+    "Function": ("keras/src/ops/function.py", _NOT_BY_VALUE),
+    "TrackedList": ("keras/src/utils/tracking.py", _NOT_BY_VALUE),
+    "DynamicBackend": ("keras/src/utils/backend_utils.py", _NOT_BY_VALUE),
 }
 
-#: Classes whose instances become shells when a model goes by value.
-SHELLS: tuple[type, ...] = (KerasSaveable, keras.Variable, keras.KerasTensor, Node, Tracker)
-
-#: Keras's containers that watch what is put into them.
-TRACKED = (
-    tracking.TrackedList,
-    tracking.TrackedDict,
-    tracking.TrackedOrderedDict,
-    tracking.TrackedSet,
-)
-
 State = dict[str, Any]
+
+#: Layers that hold a table of TensorFlow's, which nothing can pickle.
+LOOKUPS = (keras.layers.StringLookup, keras.layers.IntegerLookup)
 
 
 def feeds_at_creation() -> bool:
@@ -103,8 +121,10 @@ def own_random() -> Iterator[None]:
 
     Python's global state is left alone, for this thread and for others.
     """
-    original = getattr(seed_generator, "python_random", None)
-    if original is None:
+    try:
+        seed_generator: Any = import_module("keras.src.random.seed_generator")
+        original = seed_generator.python_random
+    except (ImportError, AttributeError):
         yield
         return
     seed_generator.python_random = _Draws(original)
@@ -129,7 +149,16 @@ class _Draws:
 
 def flatten_layers(model: keras.Model) -> Iterator[keras.Layer]:
     """Yield the model's layers at every depth, each once, itself left out."""
-    yield from model._flatten_layers(include_self=False, recursive=True)
+    if hasattr(model, "_flatten_layers"):
+        yield from model._flatten_layers(include_self=False, recursive=True)
+        return
+    found: dict[int, keras.Layer] = {}
+    waiting = list(model.layers)
+    while waiting:
+        layer = waiting.pop(0)
+        if found.setdefault(id(layer), layer) is layer:
+            waiting = [*getattr(layer, "layers", ()), *waiting]
+    yield from found.values()
 
 
 def own(layer: keras.Layer) -> list[keras.Variable]:
@@ -197,141 +226,3 @@ def reduce_tracked(obj: Any) -> tuple[Any, ...]:
 def reduce_backend(obj: Any) -> tuple[Any, ...]:
     """Reduce the backend that augmentation layers hold, which looks itself up for ever."""
     return type(obj), (obj._backend,)
-
-
-class _Mender:
-    """How one kind of object forgets its caches, and derives again what ids key."""
-
-    def __init__(
-        self,
-        cls: type | tuple[type, ...],
-        drop: Callable[[Any, State], None] = lambda obj, state: None,
-        mend: Callable[[Any, State], None] = lambda obj, state: None,
-    ) -> None:
-        self.cls, self.drop, self.mend = cls, drop, mend
-
-
-def _drop_wrappers(layer: Any, state: State) -> None:
-    # Layer.__new__ wraps these two, and will again (keras/src/layers/layer.py)
-    for name in ("build", "quantize"):
-        if getattr(state.get(name), "__wrapped__", None) is not None:
-            del state[name]
-    # tensors and ids of the last call; graph tensors among them
-    for name in ("_losses", "_losses_override"):
-        if name in state:
-            state[name] = []
-    if "_loss_ids" in state:
-        state["_loss_ids"] = set()
-
-
-def _drop_functions(model: Any, state: State) -> None:
-    for name in ("train_function", "test_function", "predict_function"):
-        if name in state:
-            state[name] = None
-
-
-def _drop_nodes(function: Any, state: State) -> None:
-    # set of f"{id(operation)}_ib-{index}" (keras/src/ops/function.py, make_node_key)
-    operations = {str(id(op)): op for op in function._operations}
-    keys = (key.rpartition("_ib-") for key in state.pop("_nodes", ()))
-    state["nodes by operation"] = sorted(
-        ((function._operations.index(operations[op]), int(index)) for op, _, index in keys)
-    )
-
-
-def _mend_nodes(function: Any, state: State) -> None:
-    nodes = vars(function).pop("nodes by operation", ())
-    function.__dict__["_nodes"] = {
-        f"{id(function._operations[op])}_ib-{index}" for op, index in nodes
-    }
-
-
-def _drop_keys(optimizer: Any, state: State) -> None:
-    state.pop("_trainable_variables_indices", None)
-    state.pop("_exclude_from_weight_decay_cache", None)
-    excluded = state.pop("_exclude_from_weight_decay", None)
-    if excluded is not None:
-        state["excluded variables"] = [
-            v for v in optimizer._trainable_variables if optimizer._var_key(v) in excluded
-        ]
-        if len(state["excluded variables"]) != len(excluded):
-            raise EncodeError(
-                f"optimizer {optimizer.name!r} excludes from weight decay variables it does "
-                "not train: build it before you send it"
-            )
-
-
-def _mend_keys(optimizer: Any, state: State) -> None:
-    attributes = vars(optimizer)
-    excluded = attributes.pop("excluded variables", None)
-    key = optimizer._var_key
-    attributes["_trainable_variables_indices"] = {
-        key(v): i for i, v in enumerate(optimizer._trainable_variables)
-    }
-    if excluded is not None:
-        attributes["_exclude_from_weight_decay"] = {key(v) for v in excluded}
-        attributes["_exclude_from_weight_decay_cache"] = {}
-
-
-#: Layers that hold a table of TensorFlow's, which nothing can pickle.
-LOOKUPS = (keras.layers.StringLookup, keras.layers.IntegerLookup)
-
-#: What of a lookup layer is a native resource, or follows from one
-#: (keras/src/layers/preprocessing/index_lookup.py).
-_NATIVE = (
-    "lookup_table",
-    "token_counts",
-    "token_document_counts",
-    "num_documents",
-    "idf_weights",
-    "idf_weights_const",
-    "_mask_key",
-    "_mask_value",
-)
-
-
-def _drop_table(layer: Any, state: State) -> None:
-    native = [name for name in _NATIVE if state.get(name) is not None]
-    for name in native:
-        del state[name]
-    weights = getattr(layer, "idf_weights_const", None)
-    state["native attributes"] = native
-    state["vocabulary of the table"] = (
-        [str(token) if isinstance(token, str) else int(token) for token in layer.get_vocabulary()],
-        None if weights is None else np.asarray(weights),
-    )
-
-
-def _mend_table(layer: Any, state: State) -> None:
-    native = vars(layer).pop("native attributes")
-    vocabulary, weights = vars(layer).pop("vocabulary of the table")
-    config = layer.get_config() | {"vocabulary": None, "name": layer.name}
-    twin = type(layer).from_config(config | ({"idf_weights": None} if weights is not None else {}))
-    if "lookup_table" in native and len(vocabulary) > twin.vocabulary_size():
-        twin.set_vocabulary(vocabulary, *(() if weights is None else (weights,)))
-    for name in native:
-        if name in vars(twin):
-            setattr(layer, name, getattr(twin, name))
-
-
-def _mend_ids(tracker: Any, state: State) -> None:
-    tracker.stored_ids = {
-        name: {id(item) for item in store} for name, (_, store) in tracker.config.items()
-    }
-
-
-MENDERS = (
-    _Mender(keras.Layer, _drop_wrappers),
-    _Mender(LOOKUPS, _drop_table, _mend_table),
-    _Mender(keras.Model, _drop_functions),
-    _Mender(keras.optimizers.Optimizer, _drop_keys, _mend_keys),
-    _Mender(Function, _drop_nodes, _mend_nodes),
-    _Mender(Tracker, mend=_mend_ids),
-)
-
-
-def menders(obj: Any) -> Iterator[_Mender]:
-    """Yield what to do for an object, at either end."""
-    for mender in MENDERS:
-        if isinstance(obj, mender.cls):
-            yield mender

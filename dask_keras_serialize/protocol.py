@@ -16,7 +16,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from dask_keras_serialize import backends, by_config, by_value, frames
+from dask_keras_serialize import backends, by_config, by_value, frames, private
 from dask_keras_serialize.errors import DecodeError, EncodeError, KerasSerializeError
 from dask_keras_serialize.frames import Frame
 from dask_keras_serialize.header import (
@@ -176,7 +176,7 @@ GRAPH_BYTES = (60_000, 4_000, 9_000)
 def graph_nbytes(model: keras.Model) -> int:
     """Estimate the bytes of the Python objects around a model's variables."""
     base, per_layer, per_variable = GRAPH_BYTES
-    layers = sum(1 for _ in model._flatten_layers())
+    layers = 1 + sum(1 for _ in private.flatten_layers(model))
     return base + per_layer * layers + per_variable * len(by_config.variables_of(model))
 
 

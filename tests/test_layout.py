@@ -17,7 +17,7 @@ FLOORS = [
     {"packed"},
     {"protocol"},
     {"by_config", "by_value"},
-    {"fidelity", "rebuild", "shells"},
+    {"fidelity", "rebuild", "shells", "mending"},
     {"private", "likeness"},
     {"backends.tensorflow", "backends.jax", "backends.torch"},
     {"backends"},

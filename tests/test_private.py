@@ -13,8 +13,11 @@ from distributed.comm import tcp
 from distributed.comm import utils as comm_utils
 from distributed.protocol.serialize import dask_loads, families
 from distributed.scheduler import Scheduler
+from keras.src.random import seed_generator
 
-from dask_keras_serialize import private, registration
+from dask_keras_serialize import by_value, private, registration
+from dask_keras_serialize.errors import EncodeError
+from dask_keras_serialize.protocol import encode
 from tests import zoo
 
 
@@ -26,18 +29,32 @@ def model():
 FOUND = {
     "Variable._initialize_with_initializer": lambda m: keras.Variable._initialize_with_initializer,
     "Variable._initialize": lambda m: keras.Variable._initialize,
+    "Variable._path": lambda m: m.variables[0]._path,
     "Layer._flatten_layers": lambda m: m._flatten_layers,
     "Layer._trainable_variables": lambda m: m.layers[0]._trainable_variables,
-    "Trainer._compile_config": lambda m: m._compile_config.config["optimizer"],
-    "Trainer._compile_metrics": lambda m: m._compile_metrics._flat_metrics,
-    "Trainer._compile_loss": lambda m: m._compile_loss.metrics,
+    "Layer._non_trainable_variables": lambda m: m.layers[0]._non_trainable_variables,
+    "Layer._seed_generators": lambda m: m.layers[0]._seed_generators,
+    "Layer._losses": lambda m: (m._losses, m._losses_override, m._loss_ids),
     "Function._outputs_struct": lambda m: zoo.functional()._outputs_struct,
-    "seed_generator.python_random": lambda m: private.seed_generator.python_random.randint,
-    "KerasSaveable": lambda m: issubclass(keras.Layer, private.KerasSaveable) or None,
-    "Node": lambda m: m.layers[0]._inbound_nodes[0].operation,
-    "Tracker": lambda m: m._tracker.stored_ids,
-    "Optimizer._var_key": lambda m: m.optimizer._var_key(m.trainable_variables[0]),
+    "Function._operations": lambda m: zoo.functional()._operations,
     "Function._nodes": lambda m: zoo.functional()._nodes,
+    "Trainer._compile_config": lambda m: m._compile_config.config["optimizer"],
+    "Trainer._compile_metrics": lambda m: m._compile_metrics,
+    "Trainer._compile_loss": lambda m: m._compile_loss.metrics,
+    "CompileMetrics._flat_metrics": lambda m: m._compile_metrics._flat_metrics,
+    "CompileMetrics._flat_weighted_metrics": lambda m: m._compile_metrics._flat_weighted_metrics,
+    "Optimizer._trainable_variables": lambda m: m.optimizer._trainable_variables[0],
+    "Optimizer._learning_rate": lambda m: m.optimizer._learning_rate,
+    "Optimizer._var_key": lambda m: m.optimizer._var_key(m.trainable_variables[0]),
+    "Optimizer._trainable_variables_indices": lambda m: m.optimizer._trainable_variables_indices,
+    "seed_generator.python_random": lambda m: seed_generator.python_random.randint,
+    "IndexLookup.lookup_table": lambda m: keras.layers.StringLookup(vocabulary=["a"]).lookup_table,
+    "KerasSaveable": lambda m: issubclass(keras.Layer, private.KerasSaveable) or None,
+    "Node": lambda m: isinstance(m.layers[0]._inbound_nodes[0], private.Node) or None,
+    "Tracker": lambda m: isinstance(m._tracker, private.Tracker) and m._tracker.stored_ids,
+    "Function": lambda m: isinstance(zoo.functional(), private.Function) or None,
+    "TrackedList": lambda m: isinstance(m.metrics_names, private.TRACKED[0]) or private.TRACKED,
+    "DynamicBackend": lambda m: private.DynamicBackend()._backend,
 }
 
 
@@ -52,6 +69,28 @@ def test_keras(name, model):
     except AttributeError as error:
         pytest.fail(f"{name} ({private.KERAS[name][0]}) has moved: {error}")
     assert found is not None, name
+
+
+def test_nothing_is_missing():
+    assert private.MISSING == []
+
+
+def test_layers_are_found_without_flatten_layers(monkeypatch):
+    model = zoo.build("nested")
+    expected = {each.name for each in private.flatten_layers(model)}
+    monkeypatch.delattr(keras.Layer, "_flatten_layers")
+    # Sequential.layers leaves its input out
+    assert len(expected - {each.name for each in private.flatten_layers(model)}) == 1
+
+
+def test_what_has_moved_sends_by_value_or_says_so(monkeypatch):
+    model = zoo.build("sequential")
+    monkeypatch.delattr(keras.Layer, "_flatten_layers")
+    monkeypatch.setattr(private, "own", lambda layer: layer.moved)
+    assert encode(model)[0].encoding == "value"
+    monkeypatch.setattr(by_value, "MISSING", ["keras.src.ops.node.Node"])
+    with pytest.raises(EncodeError, match=r"model 'sequential.*Node is gone.*use an older one"):
+        encode(model)
 
 
 def test_keys_of_nodes_are_written_as_we_read_them():

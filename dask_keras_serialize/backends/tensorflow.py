@@ -12,6 +12,9 @@ from dask_keras_serialize.backends import Array
 from dask_keras_serialize.errors import EncodeError
 from dask_keras_serialize.frames import ALIGNMENT, allocate
 
+#: dtypes that have no buffer, nor a bitcast to one that has.
+_NO_BUFFER = frozenset(map(tf.as_dtype, ("float8_e4m3fn", "float8_e5m2")))
+
 
 def view(variable: Any) -> Array:
     """View a variable's value.
@@ -33,14 +36,16 @@ def view(variable: Any) -> Array:
     buffer and no bitcast) or a variable on another device.
     """
     value = variable.value
-    tensor = value.value() if isinstance(value, tf.Variable) else tf.convert_to_tensor(value)
-    dtype = tensor.dtype.as_numpy_dtype
-    on_host = tensor.device.endswith("CPU:0")
-    if not on_host or "float8" in tensor.dtype.name:
+    if isinstance(value, tf.Variable):  # as value.value() does, in half the time
+        tensor = tf.raw_ops.ReadVariableOp(resource=value.handle, dtype=value.dtype)
+    else:
+        tensor = tf.convert_to_tensor(value)
+    dtype = tensor.dtype
+    if dtype in _NO_BUFFER or not tensor.device.endswith("CPU:0"):
         array: Array = tensor.numpy()
-    elif tensor.dtype == tf.bfloat16:
+    elif dtype == tf.bfloat16:
         # the buffer protocol has no letter for it; a bitcast shares the memory
-        array = np.asarray(memoryview(tf.bitcast(tensor, tf.uint16))).view(dtype)
+        array = np.asarray(memoryview(tf.bitcast(tensor, tf.uint16))).view(dtype.as_numpy_dtype)
     else:
         array = np.asarray(memoryview(tensor))
     array.flags.writeable = False

@@ -1,0 +1,153 @@
+"""What objects forget when they go by value, and derive again when they arrive.
+
+Caches are left out of a state: traced functions, losses of the last call, tables of
+TensorFlow's. What Keras keys by ``id()`` is written by place, and keyed again. Each
+case is a row of :data:`MENDERS`; the names it touches are listed in
+:data:`dask_keras_serialize.private.KERAS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+
+from dask_keras_serialize.errors import EncodeError
+from dask_keras_serialize.private import LOOKUPS, Function, State, Tracker
+
+
+class _Mender:
+    """How one kind of object forgets its caches, and derives again what ids key."""
+
+    def __init__(
+        self,
+        cls: type | tuple[type, ...],
+        drop: Callable[[Any, State], None] = lambda obj, state: None,
+        mend: Callable[[Any, State], None] = lambda obj, state: None,
+    ) -> None:
+        self.cls, self.drop, self.mend = cls, drop, mend
+
+
+def _drop_wrappers(layer: Any, state: State) -> None:
+    # Layer.__new__ wraps these two, and will again (keras/src/layers/layer.py)
+    for name in ("build", "quantize"):
+        if getattr(state.get(name), "__wrapped__", None) is not None:
+            del state[name]
+    # tensors and ids of the last call; graph tensors among them
+    for name in ("_losses", "_losses_override"):
+        if name in state:
+            state[name] = []
+    if "_loss_ids" in state:
+        state["_loss_ids"] = set()
+
+
+def _drop_functions(model: Any, state: State) -> None:
+    for name in ("train_function", "test_function", "predict_function"):
+        if name in state:
+            state[name] = None
+
+
+def _drop_nodes(function: Any, state: State) -> None:
+    # set of f"{id(operation)}_ib-{index}" (keras/src/ops/function.py, make_node_key)
+    operations = {str(id(op)): op for op in function._operations}
+    keys = (key.rpartition("_ib-") for key in state.pop("_nodes", ()))
+    state["nodes by operation"] = sorted(
+        ((function._operations.index(operations[op]), int(index)) for op, _, index in keys)
+    )
+
+
+def _mend_nodes(function: Any, state: State) -> None:
+    nodes = vars(function).pop("nodes by operation", ())
+    function.__dict__["_nodes"] = {
+        f"{id(function._operations[op])}_ib-{index}" for op, index in nodes
+    }
+
+
+def _drop_keys(optimizer: Any, state: State) -> None:
+    state.pop("_trainable_variables_indices", None)
+    state.pop("_exclude_from_weight_decay_cache", None)
+    excluded = state.pop("_exclude_from_weight_decay", None)
+    if excluded is not None:
+        state["excluded variables"] = [
+            v for v in optimizer._trainable_variables if optimizer._var_key(v) in excluded
+        ]
+        if len(state["excluded variables"]) != len(excluded):
+            raise EncodeError(
+                f"optimizer {optimizer.name!r} excludes from weight decay variables it does "
+                "not train: build it before you send it"
+            )
+
+
+def _mend_keys(optimizer: Any, state: State) -> None:
+    attributes = vars(optimizer)
+    excluded = attributes.pop("excluded variables", None)
+    key = optimizer._var_key
+    attributes["_trainable_variables_indices"] = {
+        key(v): i for i, v in enumerate(optimizer._trainable_variables)
+    }
+    if excluded is not None:
+        attributes["_exclude_from_weight_decay"] = {key(v) for v in excluded}
+        attributes["_exclude_from_weight_decay_cache"] = {}
+
+
+#: What of a lookup layer is a native resource, or follows from one
+#: (keras/src/layers/preprocessing/index_lookup.py).
+_NATIVE = (
+    "lookup_table",
+    "token_counts",
+    "token_document_counts",
+    "num_documents",
+    "idf_weights",
+    "idf_weights_const",
+    "_mask_key",
+    "_mask_value",
+)
+
+
+def _drop_table(layer: Any, state: State) -> None:
+    native = [name for name in _NATIVE if state.get(name) is not None]
+    for name in native:
+        del state[name]
+    weights = getattr(layer, "idf_weights_const", None)
+    state["native attributes"] = native
+    state["vocabulary of the table"] = (
+        [str(token) if isinstance(token, str) else int(token) for token in layer.get_vocabulary()],
+        None if weights is None else np.asarray(weights),
+    )
+
+
+def _mend_table(layer: Any, state: State) -> None:
+    native = vars(layer).pop("native attributes")
+    vocabulary, weights = vars(layer).pop("vocabulary of the table")
+    config = layer.get_config() | {"vocabulary": None, "name": layer.name}
+    twin = type(layer).from_config(config | ({"idf_weights": None} if weights is not None else {}))
+    if "lookup_table" in native and len(vocabulary) > twin.vocabulary_size():
+        twin.set_vocabulary(vocabulary, *(() if weights is None else (weights,)))
+    for name in native:
+        if name in vars(twin):
+            setattr(layer, name, getattr(twin, name))
+
+
+def _mend_ids(tracker: Any, state: State) -> None:
+    tracker.stored_ids = {
+        name: {id(item) for item in store} for name, (_, store) in tracker.config.items()
+    }
+
+
+MENDERS = (
+    _Mender(keras.Layer, _drop_wrappers),
+    _Mender(LOOKUPS, _drop_table, _mend_table),
+    _Mender(keras.Model, _drop_functions),
+    _Mender(keras.optimizers.Optimizer, _drop_keys, _mend_keys),
+    _Mender(Function, _drop_nodes, _mend_nodes),
+    _Mender(Tracker, mend=_mend_ids),
+)
+
+
+def menders(obj: Any) -> Iterator[_Mender]:
+    """Yield what to do for an object, at either end."""
+    for mender in MENDERS:
+        if isinstance(obj, mender.cls):
+            yield mender
