@@ -12,7 +12,7 @@ from dask_keras_serialize.errors import (
     MissingPackageError,
 )
 from dask_keras_serialize.header import package_version
-from dask_keras_serialize.packed import PackedModel
+from dask_keras_serialize.packed import PackedObject, Parcel
 from dask_keras_serialize.registration import (
     imported_by_dask,
     register,
@@ -27,7 +27,8 @@ __all__ = [
     "EncodeError",
     "KerasSerializeError",
     "MissingPackageError",
-    "PackedModel",
+    "PackedObject",
+    "Parcel",
     "RegisterKeras",
     "register",
     "registered",

@@ -9,6 +9,7 @@ Nothing here runs code that came with the bytes.
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 import warnings
@@ -23,13 +24,14 @@ import numpy as np
 from dask_keras_serialize import fidelity, private
 from dask_keras_serialize.backends import Array
 from dask_keras_serialize.errors import DecodeError
+from dask_keras_serialize.parts import Description, Key, Rebuilt
 from dask_keras_serialize.rebuild import Values, assign_rest, rebuilding, values_at_creation
 
 #: What the trainer lets a user change after ``compile``.
 _TRAINER_ATTRIBUTES = ("run_eagerly", "jit_compile", "steps_per_execution", "stop_training")
 
 
-def dump(model: keras.Model) -> tuple[dict[str, Any], list[keras.Variable], list[Array]] | str:
+def dump(model: keras.Model) -> Description | str:
     """Describe a model by its config.
 
     Parameters
@@ -38,17 +40,10 @@ def dump(model: keras.Model) -> tuple[dict[str, Any], list[keras.Variable], list
 
     Returns
     -------
-    body : dict
-        For the header.
-    variables : list of keras.Variable
-        For the table, in an order that a rebuild repeats.
-    extras : list of ndarray of uint8
-        Bytes of the assets, in the order ``body["assets"]`` names them.
-
-    or, instead of the three,
-
+    Description
+        Its extras are the bytes of the assets, in the order ``body["assets"]`` names them.
     str
-        What the config would lose: send the model by value.
+        Instead: what the config would lose; send the model by value.
     """
     try:
         with warnings.catch_warnings():
@@ -81,12 +76,14 @@ def dump(model: keras.Model) -> tuple[dict[str, Any], list[keras.Variable], list
     try:
         # JSON, not msgpack: it keeps lists lists, and every load gets a copy of its
         # own, which deserialize_keras_object is free to empty
-        return {"config": json.dumps(body)}, variables_of(model), extras
+        text = json.dumps(body)
     except (TypeError, ValueError) as error:
         return f"its config is not plain data: {error}"
+    parts = functools.partial(parts_of, model)
+    return Description({"config": text}, variables_of(model), extras, parts, [])
 
 
-def load(body: dict[str, Any], values: Values, extras: list[Array]) -> keras.Model:
+def load(body: dict[str, Any], values: Values, extras: list[Array]) -> Rebuilt:
     """Rebuild a model from what :func:`dump` described.
 
     Parameters
@@ -97,7 +94,7 @@ def load(body: dict[str, Any], values: Values, extras: list[Array]) -> keras.Mod
 
     Returns
     -------
-    keras.Model
+    Rebuilt
 
     Raises
     ------
@@ -128,7 +125,7 @@ def load(body: dict[str, Any], values: Values, extras: list[Array]) -> keras.Mod
                 f"{owner}: its config cannot be rebuilt by keras {keras.version()} here "
                 f"(sent by keras {values.header.versions.get('keras')}): {error!r}"
             ) from error
-    return model
+    return Rebuilt(model, functools.partial(parts_of, model))
 
 
 def variables_of(model: keras.Model) -> list[keras.Variable]:
@@ -143,6 +140,36 @@ def variables_of(model: keras.Model) -> list[keras.Variable]:
         *model.metrics_variables,
     ]
     return list({id(variable): variable for variable in everything}.values())
+
+
+def parts_of(model: keras.Model) -> dict[Key, Any]:
+    """Name all that something else may share with a model, alike before and after.
+
+    Not what a layer is configured with (initializers, policies), which is never changed.
+    """
+    layers = [model, *private.flatten_layers(model)]
+    parts: dict[Key, Any] = {}
+    parts |= {("layer", i): layer for i, layer in enumerate(layers)}
+    parts |= {("variable", i): v for i, v in enumerate(variables_of(model))}
+    parts |= {("metric", i): metric for i, metric in enumerate(model.metrics)}
+    for i, layer in enumerate(layers):
+        parts |= {("seed", i, j): seed for j, seed in enumerate(layer._seed_generators)}
+        function = private.function_of(layer)
+        if function is not None:
+            parts["function", i] = function
+        for call, node in private.nodes(function):
+            parts["node", i, *call] = node
+            parts |= {("tensor", i, *call, j): each for j, each in enumerate(node.outputs)}
+            parts["operation", i, call[0]] = node.operation
+    if model.compiled:
+        parts[("optimizer",)] = model.optimizer
+        arguments = private.compile_arguments(model)
+        for name in ("optimizer", "loss", "metrics", "weighted_metrics"):
+            for i, value in enumerate(fidelity.leaves(arguments[name])):
+                if not isinstance(value, str):
+                    parts["compile", name, i] = value
+    parts[("history",)] = vars(model).get("history")
+    return parts
 
 
 @contextmanager

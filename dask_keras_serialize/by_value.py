@@ -1,18 +1,20 @@
-"""Models by value: the graph of their objects through pickle, variables as frames.
+"""Objects by value: the graph of all they hold through pickle, variables as frames.
 
 For what a config cannot carry: subclasses of Model, custom layers, losses, metrics
-and training steps, Python attributes. Every Keras object becomes a *shell*, made
-empty by ``cls.__new__`` and filled from its own ``__dict__``; inside a state, other
-Keras objects are persistent ids that name their shells. So no chain of layers nests
-deeper than pickle can recurse, cycles close by themselves, and Keras's constructors
-and ``__reduce__`` never run. Variables are left out of the pickle: they are the
-table's. Code that the other side cannot import travels by cloudpickle's rules.
+and training steps, Python attributes; and for every object that is no model. Every
+Keras object becomes a *shell*, made empty by ``cls.__new__`` and filled from its own
+``__dict__``; inside a state, other Keras objects are persistent ids that name their
+shells. So no chain of layers nests deeper than pickle can recurse, cycles close by
+themselves, and Keras's constructors and ``__reduce__`` never run. Variables are left
+out of the pickle: they are the table's. Code that the other side cannot import travels
+by cloudpickle's rules.
 
 It needs the same minor versions of Python and Keras and the same backend on both
 sides, and it runs pickle: load only what you trust.
 
 Caches are dropped (traced functions, losses of the last call) and what Keras keys by
-``id()`` is mended; see ``mending``.
+``id()`` is mended; see ``mending``. Objects that lie in another parcel of the same
+pickle are named there, not sent again; see ``parts``.
 """
 
 from __future__ import annotations
@@ -21,45 +23,52 @@ import copyreg
 import io
 import pickle
 import types
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import keras
 import numpy as np
 
-from dask_keras_serialize import backends
+from dask_keras_serialize import backends, mending, private
 from dask_keras_serialize.backends import Array
+from dask_keras_serialize.blame import culprit
 from dask_keras_serialize.errors import DecodeError, EncodeError
-from dask_keras_serialize.mending import menders
+from dask_keras_serialize.parts import Description, Key, Rebuilt, Reference
 from dask_keras_serialize.private import MISSING, State, Tracker
 from dask_keras_serialize.rebuild import Values, check_fits, rebuilding
 from dask_keras_serialize.shells import ShellPickler, ShellUnpickler, own_method
 
 
 def dump(
-    model: keras.Model, *, for_token: bool = False
-) -> tuple[dict[str, Any], list[keras.Variable], list[Array]]:
-    """Describe a model by the graph of its objects.
+    root: Any,
+    *,
+    for_token: bool = False,
+    links: Mapping[int, tuple[Any, Key | None]] = MappingProxyType({}),
+    seen: Sequence[Any] = (),
+) -> Description:
+    """Describe an object by the graph of all it holds.
 
     Parameters
     ----------
-    model : keras.Model
+    root : object
+        One of Keras's, or a tensor of the backend.
     for_token : bool
         Make the bytes the same in every process; see :class:`shells.ShellPickler`.
+    links : dict of int to (parcel, Key)
+        What other parcels of the same pickle hold: which, and the key there, by ``id()``.
+    seen : sequence of object
+        The parts of an earlier description, in order: they keep their numbers.
 
     Returns
     -------
-    body : dict
-        For the header.
-    variables : list of keras.Variable
-        For the table.
-    extras : list of ndarray of uint8
-        The pickle, then the out-of-band buffers of the arrays in it.
+    Description
+        Its extras are the pickle, then the out-of-band buffers of the arrays in it.
 
     Raises
     ------
     EncodeError
-        If something the model holds cannot be pickled; names the attribute.
+        If something the object holds cannot be pickled; names the attribute.
 
     Notes
     -----
@@ -67,25 +76,32 @@ def dump(
     """
     if MISSING:
         raise EncodeError(
-            f"model {model.name!r} ({type(model).__qualname__}) must go by value, which this "
+            f"{private.describe(root)} must go by value, which this "
             f"keras {keras.version()} is too new for ({', '.join(MISSING)} is gone): use an "
             "older one, or update this package"
         )
-    return _Dump(model, for_token).run()
+    return _Dump(root, for_token, links, seen).run()
 
 
-def load(body: dict[str, Any], values: Values, extras: list[Array]) -> keras.Model:
-    """Rebuild a model from what :func:`dump` described. It runs pickle.
+def load(
+    body: dict[str, Any],
+    values: Values,
+    extras: list[Array],
+    links: Sequence[Rebuilt] = (),
+) -> Rebuilt:
+    """Rebuild an object from what :func:`dump` described. It runs pickle.
 
     Parameters
     ----------
     body : dict
     values : Values
     extras : list of ndarray of uint8
+    links : sequence of Rebuilt
+        The other parcels it refers to.
 
     Returns
     -------
-    keras.Model
+    Rebuilt
 
     Raises
     ------
@@ -100,7 +116,7 @@ def load(body: dict[str, Any], values: Values, extras: list[Array]) -> keras.Mod
     owner = values.header.owner
     with rebuilding():
         try:
-            return _Load(body, values, extras).run()
+            return _Load(body, values, extras, links).run()
         except DecodeError:
             raise
         except ModuleNotFoundError as error:
@@ -114,23 +130,34 @@ def load(body: dict[str, Any], values: Values, extras: list[Array]) -> keras.Mod
 
 
 class _Dump:
-    """One model on its way out."""
+    """One object on its way out."""
 
-    def __init__(self, model: keras.Model, for_token: bool) -> None:
-        self.model = model
-        self.owner = f"model {model.name!r} ({type(model).__qualname__})"
+    def __init__(
+        self,
+        root: Any,
+        for_token: bool,
+        links: Mapping[int, tuple[Any, Key | None]],
+        seen: Sequence[Any],
+    ) -> None:
+        self.root = root
+        self.owner = private.describe(root)
         self.for_token = for_token
+        self.links = links
+        self.linked: list[Any] = []
         self.stream = io.BytesIO()
         self.buffers: list[pickle.PickleBuffer] = []
-        self.objects: list[Any] = []
+        self.objects: list[Any] = list(seen)
         self.variables: list[keras.Variable] = []
-        self.index: dict[int, int] = {}
+        self.index: dict[int, int] = {id(obj): i for i, obj in enumerate(seen)}
         self.predicates: dict[types.CodeType, Any] = {}
         self.backend = backends.current()[1]
         self.pickler = self.new_pickler(self.stream, self.buffers)
 
-    def run(self) -> tuple[dict[str, Any], list[keras.Variable], list[Array]]:
-        self.pickler.dump(self.model)
+    def run(self) -> Description:
+        try:
+            self.pickler.dump(self.root)
+        except Exception as error:
+            raise EncodeError(f"{self.owner} cannot travel: {error}") from error
         done = 0
         while done < len(self.objects):  # pickling a state finds more objects
             obj = self.objects[done]
@@ -146,22 +173,34 @@ class _Dump:
                 raise EncodeError(self.blame(obj, state, error)) from error
             done += 1
         raw = [buffer.raw() for buffer in self.buffers]
-        body = {"objects": done, "writeable": [not view.readonly for view in raw]}
-        stream = np.frombuffer(self.stream.getbuffer(), np.uint8)
-        return body, self.variables, [stream, *(np.frombuffer(view, np.uint8) for view in raw)]
+        body = {
+            "objects": done,
+            "writeable": [not view.readonly for view in raw],
+            "code": sorted(map(list, self.pickler.code.items())),
+        }
+        stream: Array = np.frombuffer(self.stream.getbuffer(), np.uint8)
+        extras = [stream, *(np.frombuffer(view, np.uint8) for view in raw)]
+        parts: dict[Key, Any] = dict(enumerate(self.objects))
+        return Description(body, self.variables, extras, lambda: parts, self.linked)
 
     def new_pickler(self, file: io.BytesIO, buffers: list[pickle.PickleBuffer]) -> ShellPickler:
-        return ShellPickler(file, buffers, self.backend, self.number, self.for_token)
+        return ShellPickler(file, buffers, self.backend, self.refer, self.for_token)
 
-    def number(self, obj: Any) -> int:
-        """Return the number of an object's shell, a new one at first sight."""
+    def refer(self, obj: Any) -> Reference:
+        """Return what names an object: its number, a new one at first sight, or a link."""
         number = self.index.get(id(obj))
-        if number is None:
-            # caches __slotnames__ on the class, which changes the class's own pickle:
-            # now, or tokens would differ from the first to the second (as in dask/tokenize.py)
-            copyreg._slotnames(type(obj))  # type: ignore[attr-defined]
-            number = self.index[id(obj)] = len(self.objects)
-            self.objects.append(obj)
+        if number is not None:
+            return number
+        if id(obj) in self.links:
+            parcel, key = self.links[id(obj)]
+            if not any(parcel is each for each in self.linked):
+                self.linked.append(parcel)
+            return next(i for i, each in enumerate(self.linked) if each is parcel), key
+        # caches __slotnames__ on the class, which changes the class's own pickle:
+        # now, or tokens would differ from the first to the second (as in dask/tokenize.py)
+        copyreg._slotnames(type(obj))  # type: ignore[attr-defined]
+        number = self.index[id(obj)] = len(self.objects)
+        self.objects.append(obj)
         return number
 
     def state(self, obj: Any) -> Any:
@@ -178,14 +217,13 @@ class _Dump:
             state = (state or {}) | (slots or {})
         if isinstance(state, dict):
             state = dict(state)
-            for mender in menders(obj):
-                mender.drop(obj, state)
+            mending.drop(obj, state)
             self.backend.drop(obj, state)
         if own_method(type(obj), "__setstate__"):
             return _Custom(state)
         if not isinstance(state, dict):
             raise EncodeError(
-                f"{type(obj).__qualname__} {getattr(obj, 'name', '')!r} has a __getstate__ that "
+                f"{private.describe(obj)} has a __getstate__ that "
                 f"returns a {type(state).__name__}: give it a __setstate__ that takes it"
             )
         return state
@@ -210,23 +248,34 @@ class _Dump:
 
     def blame(self, obj: Any, state: Any, error: Exception) -> str:
         """Say which attribute of an object cannot travel."""
-        owner = self.owner
-        where = f"{type(obj).__qualname__} {getattr(obj, 'name', '')!r}"
-        for path, value in _parts(state):
-            try:
-                self.new_pickler(io.BytesIO(), []).dump(value)
-            except Exception as cause:
-                return (
-                    f"{owner}: attribute {path} of {where}, a {type(value).__name__}, cannot "
-                    f"travel ({cause}): make it in a method, or leave it out by __getstate__"
-                )
-        return f"{owner}: {where} cannot travel: {error}"
+        where = "" if obj is self.root else f" of {private.describe(obj)}"
+        found = culprit(state, self.error_of)
+        if found is None:
+            return f"{self.owner}{where and ': part'}{where} cannot travel: {error}"
+        path, value, cause = found
+        return (
+            f"{self.owner}: attribute {path}{where}, a {type(value).__name__}, cannot travel "
+            f"({cause}): make it in a method, or leave it out by __getstate__"
+        )
+
+    def error_of(self, value: Any) -> Exception | None:
+        try:
+            self.new_pickler(io.BytesIO(), []).dump(value)
+        except Exception as error:
+            return error
+        return None
 
 
 class _Load:
-    """One model on its way in."""
+    """One object on its way in."""
 
-    def __init__(self, body: dict[str, Any], values: Values, extras: list[Array]) -> None:
+    def __init__(
+        self,
+        body: dict[str, Any],
+        values: Values,
+        extras: list[Array],
+        links: Sequence[Rebuilt],
+    ) -> None:
         self.values = values
         self.count = int(body["objects"])
         writeable = body["writeable"]
@@ -238,30 +287,30 @@ class _Load:
         self.shells: dict[int, Any] = {}
         self.rows: list[int] = []
         self.unpickler = ShellUnpickler(
-            self.shells, io.BytesIO(stream.data), buffers, values.backend
+            self.shells, io.BytesIO(stream.data), buffers, values.backend, links
         )
 
-    def run(self) -> keras.Model:
-        model = self.unpickler.load()
-        states = []
+    def run(self) -> Rebuilt:
+        root = self.unpickler.load()
+        filled = []
         for number in range(self.count):
             state = self.unpickler.load()
             self.fill(self.shells[number], state)
-            states.append(state)
+            filled.append((self.shells[number], state))
         # what is derived from other objects comes last, when all are filled
-        for number, state in enumerate(states):
-            shell = self.shells[number]
-            for mender in menders(shell):
-                mender.mend(shell, state)
+        mending.mend(filled)
+        for shell, state in filled:
             self.values.backend.mend(shell, state)
-        owner = self.values.header.owner
-        if not isinstance(model, keras.Model):
-            raise DecodeError(f"{owner}: the pickle holds no model")
+        header = self.values.header
+        if private.full_name(type(root)) != header.class_name:
+            raise DecodeError(f"{header.owner}: the pickle holds a {type(root).__qualname__}")
         if self.shells.keys() != set(range(self.count)):
-            raise DecodeError(f"{owner}: the pickle is not whole: objects are missing or extra")
-        if sorted(self.rows) != list(range(len(self.values.header.variables))):
-            raise DecodeError(f"{owner}: the table of variables is not the one of the pickle")
-        return model
+            raise DecodeError(
+                f"{header.owner}: the pickle is not whole: objects are missing or extra"
+            )
+        if sorted(self.rows) != list(range(len(header.variables))):
+            raise DecodeError(f"{header.owner}: the table of variables is not the pickle's")
+        return Rebuilt(root, lambda: self.shells)
 
     def fill(self, shell: Any, state: Any) -> None:
         if isinstance(state, _Custom):
@@ -295,17 +344,3 @@ class _Custom:
 
     def __init__(self, state: Any) -> None:
         self.state = state
-
-
-def _parts(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the smallest parts of a state first, with their paths."""
-    items: Iterator[tuple[str, Any]]
-    if isinstance(state, dict):
-        items = ((f"{path}.{k}" if not path else f"{path}[{k!r}]", v) for k, v in state.items())
-    elif isinstance(state, (list, tuple, set)):
-        items = ((f"{path}[{i}]", v) for i, v in enumerate(state))
-    else:
-        return
-    for name, value in items:
-        yield from _parts(value, name)
-        yield name, value

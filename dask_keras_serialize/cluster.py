@@ -14,9 +14,11 @@ from itertools import islice
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
+
+from dask_keras_serialize.broken import BrokenObject
 from dask_keras_serialize.errors import MissingPackageError
 from dask_keras_serialize.header import FORMAT, package_version
-from dask_keras_serialize.packed import BrokenModel
 
 
 def explain_error(original: Callable[..., Any], header: Any, frames: Any) -> None:
@@ -72,10 +74,10 @@ def _with_models_as_tasks(original: Callable[..., Any]) -> Callable[..., Any]:
             return self.submit(_identity, value, key=f"keras-model-{token}", **placed)
 
         for name, value in kwargs.items():
-            if name not in own and _holds_model(value):
+            if name not in own and _holds_keras(value):
                 kwargs[name] = task(value)
         model = getattr(func, "__self__", None)
-        if _holds_model(model):  # its method, which would carry it into every task
+        if _holds_keras(model):  # its method, which would carry it into every task
             kwargs.setdefault("key", func.__name__)
             kwargs |= {"__model": task(model), "__method": func.__name__}
             func = _call_method
@@ -87,7 +89,7 @@ def _with_models_as_tasks(original: Callable[..., Any]) -> Callable[..., Any]:
 def _with_check(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _holds_model(list(args)) or _holds_model(kwargs):
+        if _holds_keras(list(args)) or _holds_keras(kwargs):
             _require_package(self)
         return original(self, *args, **kwargs)
 
@@ -107,17 +109,49 @@ def _call_method(*args: Any, __model: Any, __method: str, **kwargs: Any) -> Any:
 
 
 def _identity(value: Any) -> Any:
-    if isinstance(value, BrokenModel):
+    if isinstance(value, BrokenObject):
         value()
     return value
 
 
-def _holds_model(value: Any, depth: int = 3) -> bool:
-    """Say whether a value is a model, or a plain container with one among its first."""
-    keras = sys.modules.get("keras")
-    if keras is None:
+def serialize_together(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``serialize``, so that collections of Keras's objects are pickled whole.
+
+    distributed serializes the items of a list or dict one by one: a model that is there
+    twice would arrive as two, a layer that two models share as two layers
+    (``distributed/protocol/serialize.py``, ``iterate_collection``).
+    """
+
+    @functools.wraps(original)
+    def serialize(x: Any, serializers: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if (serializers is None or "pickle" in serializers) and _may_share(x):
+            if len(args) == 3:
+                args = args[:2]
+            kwargs["iterate_collection"] = False
+        return original(x, serializers, *args, **kwargs)
+
+    return serialize
+
+
+def _may_share(value: Any) -> bool:
+    """Say whether a collection holds one of Keras's objects and something beside it."""
+    if type(value) not in (list, tuple, set, dict) or sys.modules.get("keras") is None:
         return False
-    if isinstance(value, keras.Model):
+    items = list(value.values() if type(value) is dict else value)
+    beside = [item for item in items if type(item) not in _PLAIN]
+    return len(beside) > 1 and any(_holds_keras(item, 2) for item in beside)
+
+
+_PLAIN = (str, bytes, int, float, bool, complex, type(None), np.ndarray)
+
+
+def _holds_keras(value: Any, depth: int = 3) -> bool:
+    """Say whether a value is Keras's, or a plain container with such among its first."""
+    if sys.modules.get("keras") is None:
+        return False
+    from dask_keras_serialize.private import CITIZENS
+
+    if isinstance(value, tuple(CITIZENS)):
         return True
     items: Iterable[Any] = ()
     if type(value) is dict:
@@ -125,7 +159,7 @@ def _holds_model(value: Any, depth: int = 3) -> bool:
     elif type(value) in (list, tuple, set):
         items = value
     # the first few: scattering a million numbers should not wait for us
-    return depth > 0 and any(_holds_model(item, depth - 1) for item in islice(items, 32))
+    return depth > 0 and any(_holds_keras(item, depth - 1) for item in islice(items, 32))
 
 
 def announce(worker: Any) -> None:

@@ -268,7 +268,7 @@ def _compile_loss(model: keras.Model) -> str | None:
         return "its optimizer was built for other variables than are trainable now"
     given: list[Any] = []
     for key in ("optimizer", "loss", "loss_weights", "metrics", "weighted_metrics"):
-        for value in _leaves(arguments[key]):
+        for value in leaves(arguments[key]):
             if isinstance(value, keras.Metric) and any(value is other for other in given):
                 return f"metric {value.name!r} is given twice"
             given.append(value)
@@ -281,13 +281,14 @@ def _compile_loss(model: keras.Model) -> str | None:
     return None
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def leaves(value: Any) -> Iterator[Any]:
+    """Yield what an argument of ``compile`` holds, in order, whatever its structure."""
     if isinstance(value, Mapping):
         for item in value.values():
-            yield from _leaves(item)
+            yield from leaves(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _leaves(item)
+            yield from leaves(item)
     elif value is not None:
         yield value
 

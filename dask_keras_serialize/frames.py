@@ -13,9 +13,9 @@ Of those that arrive, the few that are the receiver's to keep are writeable, see
 
 from __future__ import annotations
 
-import zlib
+import mmap
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +28,6 @@ LARGE = 65536
 #: Offsets inside the arena are multiples of this many bytes, a cache line, which is
 #: what every backend wants of a buffer it is to use in place.
 ALIGNMENT = 64
-
-#: Bytes of one sample that :func:`fingerprint` reads, and how many it spreads out.
-_SAMPLE, _SAMPLES = 256, 16
 
 Frame = memoryview
 Bytes = npt.NDArray[np.uint8]
@@ -117,49 +114,6 @@ def pack(arrays: Sequence[npt.NDArray[np.generic]]) -> tuple[list[Location], lis
     return locations, frames
 
 
-def check(
-    frames: Sequence[Frame],
-    sizes: Sequence[int],
-    fingerprints: Sequence[int],
-    whole: Sequence[int],
-    owner: str,
-) -> None:
-    """Refuse frames that are not, one for one, those that were sent.
-
-    Parameters
-    ----------
-    frames : sequence of memoryview
-        What arrived.
-    sizes, fingerprints : sequence of int
-        Length in bytes and :func:`fingerprint` of each frame as it was sent.
-    whole : sequence of int
-        Frames whose fingerprint is over all their bytes.
-    owner : str
-        Whose frames they are, for the error.
-
-    Raises
-    ------
-    DecodeError
-        If a frame is missing, extra, truncated, lengthened, or out of order.
-    """
-    if len(frames) != len(sizes):
-        raise DecodeError(
-            f"{owner}: {len(frames)} frames arrived where {len(sizes)} were sent; "
-            "frames are missing or extra, send it again"
-        )
-    for i, (frame, size, mark) in enumerate(zip(frames, sizes, fingerprints, strict=True)):
-        if frame.nbytes != size:
-            raise DecodeError(
-                f"{owner}: frame {i} has {frame.nbytes} bytes where {size} were sent; "
-                "it was truncated or the frames are out of order, send it again"
-            )
-        if (zlib.crc32(frame) if i in whole else fingerprint(frame)) != mark:
-            raise DecodeError(
-                f"{owner}: frame {i} does not hold the bytes that were sent; "
-                "it was altered or the frames are out of order, send it again"
-            )
-
-
 def unpack(frames: Sequence[Frame], location: Location, owner: str) -> Bytes:
     """View one array's bytes inside the frames.
 
@@ -201,66 +155,6 @@ def unpack(frames: Sequence[Frame], location: Location, owner: str) -> Bytes:
     return view
 
 
-def fingerprint(frame: Frame) -> int:
-    """Tell frames apart at a cost that does not grow with them.
-
-    A CRC-32 over at most 4 KiB sampled evenly over the frame, its first and last
-    bytes among them. It is no checksum of the whole, which TCP and TLS already carry.
-
-    Parameters
-    ----------
-    frame : memoryview
-        Format ``B``, contiguous.
-
-    Returns
-    -------
-    int
-        32 bits.
-    """
-    size = frame.nbytes
-    if size <= _SAMPLE * _SAMPLES:
-        return zlib.crc32(frame)
-    mark = 0
-    for i in range(_SAMPLES):
-        start = (size - _SAMPLE) * i // (_SAMPLES - 1)
-        mark = zlib.crc32(frame[start : start + _SAMPLE], mark)
-    return mark
-
-
-def fingerprints(frames: Sequence[Frame]) -> tuple[list[int], list[int]]:
-    """Tell frames of one message apart, so that none can take another's place.
-
-    Parameters
-    ----------
-    frames : sequence of memoryview
-
-    Returns
-    -------
-    fingerprints : list of int
-        :func:`fingerprint` of each; the CRC-32 of all its bytes where two frames of the
-        same size and fingerprint are different.
-    whole : list of int
-        Which those are.
-    """
-    marks = [fingerprint(frame) for frame in frames]
-    alike: dict[tuple[int, int], list[int]] = {}
-    for i, frame in enumerate(frames):
-        alike.setdefault((frame.nbytes, marks[i]), []).append(i)
-    whole = []
-    for places in alike.values():
-        if any(not _equal(frames[places[0]], frames[i]) for i in places[1:]):
-            whole += places
-    for i in whole:
-        marks[i] = zlib.crc32(frames[i])
-    return marks, sorted(whole)
-
-
-def _equal(a: Frame, b: Frame) -> bool:
-    step = 2**20  # stop early, and need no memory of their size
-    x, y = np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8)
-    return all(np.array_equal(x[i : i + step], y[i : i + step]) for i in range(0, len(x), step))
-
-
 def as_frames(buffers: Sequence[object], owner: str, *, keep: bool = False) -> list[Frame]:
     """Take whatever a comm, a pickle or a file handed over as frames.
 
@@ -296,6 +190,34 @@ def as_frames(buffers: Sequence[object], owner: str, *, keep: bool = False) -> l
     except (TypeError, ValueError) as error:  # ValueError: a released one, a dtype without letter
         raise DecodeError(f"{owner}: a frame is not a contiguous buffer: {error}") from None
     return [view if keep and _fills_its_buffer(view) else view.toreadonly() for view in views]
+
+
+def own_mapping(buffer: Any) -> Any:
+    """Map a mapped file anew, privately: what is written there never reaches the file.
+
+    Parameters
+    ----------
+    buffer : object
+        A ``np.memmap``, as ``joblib.load(mmap_mode="r")`` makes them, of any mode.
+
+    Returns
+    -------
+    np.memmap
+        Of the same bytes, writeable and nobody else's; ``buffer`` itself if it is no
+        mapped file, or its file is gone.
+
+    Notes
+    -----
+    Copies: none; pages are read when they are used.
+    """
+    # a slice of one says that it begins where the whole does, but is not based on the file
+    base: Any = getattr(buffer, "base", None)
+    if not isinstance(buffer, np.memmap) or not isinstance(base, mmap.mmap) or not buffer.filename:
+        return buffer
+    try:
+        return np.memmap(buffer.filename, buffer.dtype, "c", buffer.offset, buffer.shape)
+    except (OSError, ValueError):
+        return buffer
 
 
 def allocate(nbytes: int) -> Bytes:

@@ -1,29 +1,25 @@
-"""What Dask asks of a value, answered for Keras models.
+"""What Dask asks of a value, answered for Keras's objects.
 
 Serialize and deserialize it, weigh it, name it. Loads neither Keras nor a backend
-until it is given a model.
+until it is given one.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.header import FORMAT
 
-if TYPE_CHECKING:
-    import keras
 
-    from dask_keras_serialize.packed import BrokenModel
-
-
-def serialize_keras_model(model: keras.Model) -> tuple[dict[str, Any], list[memoryview]]:
-    """Serialize a model for Dask's family of serializers.
+def serialize_keras(obj: Any) -> tuple[dict[str, Any], list[memoryview]]:
+    """Serialize a model or another of Keras's objects for Dask's family of serializers.
 
     Parameters
     ----------
-    model : keras.Model
+    obj : object
 
     Returns
     -------
@@ -36,38 +32,44 @@ def serialize_keras_model(model: keras.Model) -> tuple[dict[str, Any], list[memo
     Raises
     ------
     EncodeError
-        If the model cannot travel without losing something.
+        If it cannot travel without losing something.
+    NotImplementedError
+        If its class says itself how it is pickled: Dask then asks pickle.
     """
     from dask_keras_serialize.protocol import encode
+    from dask_keras_serialize.shells import reduces_itself
 
-    header, frames = encode(model)
+    if reduces_itself(obj.__class__):
+        raise NotImplementedError(f"{type(obj).__qualname__} has a __reduce__ of its own")
+    header, frames = encode(obj)
     return header.to_wire(), list(frames)
 
 
-def deserialize_keras_model(header: dict[str, Any], frames: list[Any]) -> keras.Model | BrokenModel:
-    """Deserialize what :func:`serialize_keras_model` wrote.
+def deserialize_keras(header: dict[str, Any], frames: list[Any]) -> Any:
+    """Deserialize what :func:`serialize_keras` wrote.
 
     Parameters
     ----------
     header : dict
     frames : list of objects with the buffer protocol
-        What a comm or a file handed over, the model's own from now on, as those of a
+        What a comm or a file handed over, the object's own from now on, as those of a
         numpy array are (``distributed/protocol/numpy.py``): it uses large writeable ones
         in place where its backend can, and never writes to them.
 
     Returns
     -------
-    keras.Model
-        Or, on a worker where it cannot be rebuilt, BrokenModel: an exception while a
+    object
+        Or, on a worker where it cannot be rebuilt, BrokenObject: an exception while a
         worker reads what it fetches from another would leave its task waiting forever.
 
     Raises
     ------
     DecodeError
-        If header and frames are not whole, or the model cannot be rebuilt here.
+        If header and frames are not whole, or the object cannot be rebuilt here.
     """
+    from dask_keras_serialize.broken import broken
     from dask_keras_serialize.header import Header
-    from dask_keras_serialize.packed import broken, importing_keras
+    from dask_keras_serialize.packed import importing_keras
 
     try:
         checked = Header.from_wire(header)
@@ -80,29 +82,40 @@ def deserialize_keras_model(header: dict[str, Any], frames: list[Any]) -> keras.
 
 
 def loads(original: Callable[..., Any], header: dict[str, Any], frames: list[Any]) -> Any:
-    """Load what Dask's family of serializers wrote, models by our own header.
+    """Load what Dask's family of serializers wrote, ours by our own header.
 
-    Dask would unpickle the model's class first, to look up who loads it, and where that
-    cannot be imported, fail without a word on the model (``dask_loads`` in
+    Dask would unpickle the object's class first, to look up who loads it, and where that
+    cannot be imported, fail without a word on it (``dask_loads`` in
     ``distributed/protocol/serialize.py``).
     """
     ours = header.get("sub-header")
     if isinstance(ours, dict) and ours.get("format") == FORMAT:
-        return deserialize_keras_model(ours, frames)
+        return deserialize_keras(ours, frames)
     return original(header, frames)
 
 
-def sizeof_model(model: keras.Model) -> int:
-    """Count the bytes of all variables, uncopied, and of the objects around them."""
+def sizeof_keras(obj: Any) -> int:
+    """Count the bytes of all variables, uncopied, and of what else an object holds."""
+    from dask.sizeof import sizeof
+
     from dask_keras_serialize.protocol import graph_nbytes, nbytes
 
-    return nbytes(model) + graph_nbytes(model)
+    size = nbytes(obj) + graph_nbytes(obj)
+    if size:
+        return size
+    held = (value for value in vars(obj).values() if isinstance(value, (list, tuple, dict)))
+    return sys.getsizeof(obj) + sum(int(sizeof(value)) for value in held)
 
 
-def tokenize_model(model: keras.Model) -> Any:
-    """Return what tells models apart: header and bytes, which Dask then hashes."""
-    from dask_keras_serialize.packed import PackedModel
+def tokenize_keras(obj: Any) -> Any:
+    """Return what tells objects apart: header and bytes, which Dask then hashes."""
+    from dask_keras_serialize.packed import Parcel
     from dask_keras_serialize.protocol import encode
+    from dask_keras_serialize.shells import reduces_itself
 
-    header, frames = encode(model, for_token=True)
-    return PackedModel(header.to_bytes(), frames).__dask_tokenize__()
+    if reduces_itself(obj.__class__):
+        from dask.tokenize import normalize_token
+
+        return normalize_token([type(obj), obj.__reduce__()])
+    header, frames = encode(obj, for_token=True)
+    return Parcel(header.to_bytes(), frames).__dask_tokenize__()

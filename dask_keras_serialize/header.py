@@ -1,4 +1,4 @@
-"""The header: everything about a packed model but its bytes, typed and checked.
+"""The header: everything about a packed object but its bytes, typed and checked.
 
 On the wire a header is a dict of plain values under keys that are lower-case with
 hyphens, so that it survives msgpack with ``use_list=False`` (lists come back as
@@ -22,7 +22,8 @@ from typing import Any, Literal
 import msgpack
 
 from dask_keras_serialize.errors import DecodeError
-from dask_keras_serialize.frames import Frame, Location, fingerprints
+from dask_keras_serialize.fingerprints import fingerprints
+from dask_keras_serialize.frames import Frame, Location
 
 FORMAT = "dask-keras-serialize"
 
@@ -31,7 +32,11 @@ FORMAT_VERSION = 1
 
 Encoding = Literal["config", "value"]
 
-#: Bytes of one element of every dtype that can travel, by Keras's name for it.
+#: Keras's dtype whose elements have no size; see :mod:`dask_keras_serialize.strings`.
+STRING = "string"
+
+#: Bytes of one element of every dtype that can travel, by Keras's name for it; of a
+#: string, of its length.
 ITEMSIZE = {
     "bool": 1,
     "int8": 1,
@@ -50,6 +55,7 @@ ITEMSIZE = {
     "float64": 8,
     "complex64": 8,
     "complex128": 16,
+    STRING: 8,
 }
 
 
@@ -78,14 +84,16 @@ class VariableEntry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a packed model says of itself.
+    """What a packed object says of itself.
 
     Attributes
     ----------
     encoding : {"config", "value"}
         Which twin, ``by_config`` or ``by_value``, wrote ``body``.
+    owner : str
+        What errors call the object, such as ``"model 'net' (keras.src....Sequential)"``.
     name, class_name : str
-        The model's name and the full name of its class.
+        The object's name, empty if it has none, and the full name of its class.
     backend : str
         ``keras.backend.backend()`` of the sender.
     versions : dict of str to str
@@ -94,7 +102,7 @@ class Header:
         What the encoding needs beside the variables; plain msgpack values.
     variables : tuple of VariableEntry
     frame_sizes, fingerprints : tuple of int
-        Of each frame, in order; see :mod:`dask_keras_serialize.frames`.
+        Of each frame, in order; see :mod:`dask_keras_serialize.fingerprints`.
     whole : tuple of int
         Frames whose fingerprint is over all their bytes.
     byteorder : str
@@ -102,6 +110,7 @@ class Header:
     """
 
     encoding: Encoding
+    owner: str
     name: str
     class_name: str
     backend: str
@@ -112,11 +121,6 @@ class Header:
     fingerprints: tuple[int, ...] = field(default=(), repr=False)
     whole: tuple[int, ...] = field(default=(), repr=False)
     byteorder: str = sys.byteorder
-
-    @property
-    def owner(self) -> str:
-        """How errors name the model."""
-        return f"model {self.name!r} ({self.class_name})"
 
     @property
     def nbytes(self) -> int:
@@ -135,6 +139,7 @@ class Header:
             "format": FORMAT,
             "format-version": FORMAT_VERSION,
             "encoding": self.encoding,
+            "owner": self.owner,
             "name": self.name,
             "class-name": self.class_name,
             "backend": self.backend,
@@ -193,6 +198,7 @@ class Header:
             raise DecodeError(f"malformed {FORMAT} header: unknown encoding {encoding!r}")
         return cls(
             encoding=encoding,
+            owner=_typed(wire, "owner", str),
             name=_typed(wire, "name", str),
             class_name=_typed(wire, "class-name", str),
             backend=_typed(wire, "backend", str),
@@ -217,6 +223,8 @@ class Header:
             if v.dtype not in ITEMSIZE:
                 raise DecodeError(f"{self.owner}: variable {v.path!r} has unknown dtype {v.dtype}")
             need = math.prod(v.shape) * ITEMSIZE[v.dtype]
+            if v.dtype == STRING and v.location.nbytes >= need:
+                continue
             if need != v.location.nbytes:
                 raise DecodeError(
                     f"{self.owner}: variable {v.path!r} of shape {v.shape} and dtype "

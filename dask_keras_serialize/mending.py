@@ -8,14 +8,21 @@ case is a row of :data:`MENDERS`; the names it touches are listed in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
 from dask_keras_serialize.errors import EncodeError
-from dask_keras_serialize.private import LOOKUPS, Function, State, Tracker
+from dask_keras_serialize.private import (
+    LOOKUPS,
+    Function,
+    KerasHistory,
+    Node,
+    State,
+    Tracker,
+)
 
 
 class _Mender:
@@ -49,20 +56,61 @@ def _drop_functions(model: Any, state: State) -> None:
             state[name] = None
 
 
+def _drop_calls(operation: Any, state: State) -> None:
+    # All calls ever made of it, by which every layer holds every model it was used in.
+    # Those that belong to what travels are reached through functions and tensors.
+    for name in ("_inbound_nodes", "_outbound_nodes"):
+        if name in state:
+            state[name] = []
+
+
+def _drop_place(node: Any, state: State) -> None:
+    state["place"] = _place(node)
+
+
+def _mend_node(node: Any, state: State) -> None:
+    # as Node.__init__ does (keras/src/ops/node.py)
+    node.operation._inbound_nodes.append(node)
+    for tensor in node.arguments.keras_tensors:
+        history = vars(tensor).get("made by")
+        operation = history[0].operation if history else None
+        if history is None and "_keras_history" in vars(tensor):
+            operation = tensor._keras_history.operation
+        if operation is not None:
+            operation._outbound_nodes.append(node)
+
+
+def _drop_history(tensor: Any, state: State) -> None:
+    history = state.get("_keras_history")
+    if history is not None and history.operation is not None:
+        del state["_keras_history"]
+        node = history.operation._inbound_nodes[history.node_index]
+        state["made by"] = node, history.tensor_index
+
+
+def _mend_history(tensor: Any, state: State) -> None:
+    made = vars(tensor).pop("made by", None)
+    if made is not None:
+        node, index = made
+        tensor._keras_history = KerasHistory(node.operation, _place(node), index)
+
+
 def _drop_nodes(function: Any, state: State) -> None:
     # set of f"{id(operation)}_ib-{index}" (keras/src/ops/function.py, make_node_key)
-    operations = {str(id(op)): op for op in function._operations}
+    operations = {str(id(op)): i for i, op in enumerate(function._operations)}
     keys = (key.rpartition("_ib-") for key in state.pop("_nodes", ()))
-    state["nodes by operation"] = sorted(
-        ((function._operations.index(operations[op]), int(index)) for op, _, index in keys)
-    )
+    places = sorted((operations[op], int(index)) for op, _, index in keys)
+    state["nodes"] = [function._operations[op]._inbound_nodes[index] for op, index in places]
 
 
 def _mend_nodes(function: Any, state: State) -> None:
-    nodes = vars(function).pop("nodes by operation", ())
-    function.__dict__["_nodes"] = {
-        f"{id(function._operations[op])}_ib-{index}" for op, index in nodes
-    }
+    nodes = vars(function).pop("nodes", ())
+    function.__dict__["_nodes"] = {f"{id(node.operation)}_ib-{_place(node)}" for node in nodes}
+
+
+def _place(node: Any) -> int:
+    place: int = node.operation._inbound_nodes.index(node)
+    return place
 
 
 def _drop_keys(optimizer: Any, state: State) -> None:
@@ -136,18 +184,49 @@ def _mend_ids(tracker: Any, state: State) -> None:
     }
 
 
+#: In the order in which objects are mended.
 MENDERS = (
     _Mender(keras.Layer, _drop_wrappers),
+    _Mender(keras.Operation, _drop_calls),
     _Mender(LOOKUPS, _drop_table, _mend_table),
     _Mender(keras.Model, _drop_functions),
     _Mender(keras.optimizers.Optimizer, _drop_keys, _mend_keys),
+    _Mender(Node, _drop_place, _mend_node),
+    _Mender(keras.KerasTensor, _drop_history, _mend_history),
     _Mender(Function, _drop_nodes, _mend_nodes),
     _Mender(Tracker, mend=_mend_ids),
 )
 
 
-def menders(obj: Any) -> Iterator[_Mender]:
-    """Yield what to do for an object, at either end."""
+def drop(obj: Any, state: State) -> None:
+    """Leave out of an object's state what it can derive again, and write ids by place."""
     for mender in MENDERS:
         if isinstance(obj, mender.cls):
-            yield mender
+            mender.drop(obj, state)
+
+
+def forget(obj: Any, state: State) -> None:
+    """Leave out of an object's state only what belongs to that very object."""
+    for cls, leave_out in (
+        (keras.Layer, _drop_wrappers),
+        (keras.Operation, _drop_calls),
+        (keras.Model, _drop_functions),
+    ):
+        if isinstance(obj, cls):
+            leave_out(obj, state)
+
+
+def mend(filled: Sequence[tuple[Any, State]]) -> None:
+    """Derive again what :func:`drop` left out, when all objects are filled.
+
+    Parameters
+    ----------
+    filled : sequence of (object, dict)
+        With the state each was filled from.
+    """
+    for mender in MENDERS:
+        ours = [(obj, state) for obj, state in filled if isinstance(obj, mender.cls)]
+        if mender.cls is Node:  # calls of one operation in the order they were made
+            ours.sort(key=lambda each: int(vars(each[0]).pop("place")))
+        for obj, state in ours:
+            mender.mend(obj, state)

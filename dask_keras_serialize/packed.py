@@ -1,37 +1,39 @@
-"""The closed parcel: a packed model that nobody has to open.
+"""The closed parcel: a packed object that nobody has to open.
 
 Loads neither Keras nor a backend. It pickles again to the bytes it came from,
 untouched, so a scheduler passes it on without knowing what is in it; whoever needs
-the model opens it.
+the object opens it.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dask_keras_serialize.broken import BrokenObject, broken, caller
 from dask_keras_serialize.errors import DecodeError, MissingPackageError
-from dask_keras_serialize.frames import Frame, as_frames
+from dask_keras_serialize.frames import Frame, as_frames, own_mapping
 from dask_keras_serialize.header import FORMAT, Header
 
 if TYPE_CHECKING:
-    import keras
+    from dask_keras_serialize.parts import Key, Rebuilt
 
 
-class PackedModel:
-    """A model as its header and frames.
+class Parcel:
+    """An object as its header and frames.
 
     Parameters
     ----------
     header : bytes
         As :meth:`Header.to_bytes` writes it.
     buffers : sequence of objects with the buffer protocol
-        The frames; kept alive, never written to, not copied.
+        The frames; kept alive, never written to, not copied. A ``np.memmap`` is mapped
+        anew, privately, so that the opened object may use it in place.
+    links : sequence of Parcel
+        Others of the same pickle, whose parts it refers to.
 
     Raises
     ------
@@ -39,28 +41,95 @@ class PackedModel:
         If the header is not one this version reads.
     """
 
-    def __init__(self, header: bytes, buffers: Sequence[object]) -> None:
+    def __init__(
+        self, header: bytes, buffers: Sequence[object], links: Sequence[Parcel] = ()
+    ) -> None:
         self.header = Header.from_bytes(header)
-        self.frames: list[Frame] = as_frames(buffers, self.header.owner)
+        self.frames: list[Frame] = []
+        for buffer in buffers:
+            own = own_mapping(buffer)
+            self.frames += as_frames([own], self.header.owner, keep=own is not buffer)
+        self.links = tuple(links)
         self._packed_header = header
+        self._rebuilt: Rebuilt | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of header and frames."""
         return len(self._packed_header) + sum(frame.nbytes for frame in self.frames)
 
-    def open(self) -> keras.Model:
-        """Rebuild the model; imports Keras. Each call makes a new one.
+    def open(self) -> Any:
+        """Rebuild the object; imports Keras. Each call makes a new one.
 
         Raises
         ------
         DecodeError
             If it cannot be rebuilt here.
         """
-        with importing_keras(self.header):
-            from dask_keras_serialize.protocol import decode
+        return self.rebuild({}).root
 
-        return decode(self.header, self.frames)
+    def rebuild(self, memo: dict[int, Rebuilt]) -> Rebuilt:
+        """Rebuild the object and what it refers to, each once for a memo."""
+        if id(self) not in memo:
+            with importing_keras(self.header):
+                from dask_keras_serialize.protocol import decode_parts
+
+            links = [link.rebuild(memo) for link in self.links]
+            memo[id(self)] = decode_parts(self.header, self.frames, links)
+        return memo[id(self)]
+
+    def part(self, key: Key | None) -> Any:
+        """Return the object (None) or one of its parts; all of a pickle share them."""
+        if self._rebuilt is None:
+            memo = {id(link): link.shared() for link in self.links}
+            self._rebuilt = self.rebuild(memo)
+        part = self._rebuilt.part(key)
+        if part is None:
+            raise DecodeError(f"{self.header.owner}: it has no part {key} here")
+        return part
+
+    def shared(self) -> Rebuilt:
+        """Rebuild the object once for all that are pickled with it."""
+        self.part(None)
+        assert self._rebuilt is not None
+        return self._rebuilt
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # arrays, not bytes: pickle 5 takes them out of band, joblib maps them
+        arrays = [np.frombuffer(frame, np.uint8) for frame in self.frames]
+        return receive, (self._packed_header, self.links, *arrays)
+
+    def __dask_tokenize__(self) -> tuple[Any, ...]:
+        from dask.tokenize import normalize_token
+
+        # normalised here: Dask takes what it is given by its str(), which numpy shortens
+        arrays = [np.frombuffer(frame, np.uint8) for frame in self.frames]
+        return FORMAT, normalize_token([self._packed_header, *arrays, *self.links])
+
+    def __repr__(self) -> str:
+        return (
+            f"<Parcel of {self.header.owner}, "
+            f"{len(self.header.variables)} variables, {self.nbytes} bytes>"
+        )
+
+
+class PackedObject:
+    """An object that stays closed in its parcel, as a scheduler holds it.
+
+    Parameters
+    ----------
+    parcel : Parcel
+    key : Key or None
+        Which of its parts; None for the object itself.
+    """
+
+    def __init__(self, parcel: Parcel, key: Key | None = None) -> None:
+        self.parcel = parcel
+        self.key = key
+
+    def open(self) -> Any:
+        """Rebuild the object; imports Keras. Each call makes a new one."""
+        return self.parcel.rebuild({}).part(self.key)
 
     def __getattr__(self, name: str) -> PackedAttribute:
         if name.startswith("__"):  # what Python and Dask ask of any object
@@ -68,35 +137,26 @@ class PackedModel:
         return PackedAttribute(self, name)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # arrays, not bytes: pickle 5 takes them out of band, joblib maps them
-        arrays = [np.frombuffer(frame, np.uint8) for frame in self.frames]
-        return unpack, (self._packed_header, *arrays)
+        return take, (self.parcel, self.key)
 
     def __sizeof__(self) -> int:
-        return self.nbytes
+        return self.parcel.nbytes
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
-        from dask.tokenize import normalize_token
-
-        # normalised here: Dask takes what it is given by its str(), which numpy shortens
-        arrays = [np.frombuffer(frame, np.uint8) for frame in self.frames]
-        return FORMAT, normalize_token([self._packed_header, *arrays])
+        return *self.parcel.__dask_tokenize__(), self.key
 
     def __repr__(self) -> str:
-        return (
-            f"<PackedModel {self.header.name!r} ({self.header.class_name}), "
-            f"{len(self.header.variables)} variables, {self.nbytes} bytes>"
-        )
+        return f"<PackedObject {self.key or ''} of {self.parcel!r}>"
 
 
 class PackedAttribute:
-    """An attribute of a closed model, such as its method ``predict``; as closed.
+    """An attribute of a closed object, such as a model's method ``predict``; as closed.
 
     A bound method pickles as ``getattr(model, name)``, which a scheduler runs when it
     unpickles a graph.
     """
 
-    def __init__(self, packed: PackedModel, name: str) -> None:
+    def __init__(self, packed: PackedObject, name: str) -> None:
         self._packed = packed
         self._name = name
 
@@ -124,52 +184,51 @@ def importing_keras(header: Header) -> Iterator[None]:
         ) from error
 
 
-class BrokenModel:
-    """What a worker holds in place of a model that it could not open.
-
-    An exception while a worker reads a task would close its stream to the scheduler,
-    and the next worker's, and theirs after; while it reads or sends a value, leave the
-    task that needs it waiting forever. So the error waits here for the task that uses
-    the model, and fails that task alone.
-    """
-
-    def __init__(self, error: DecodeError) -> None:
-        self._error = error
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what Python and Dask ask of any object
-            raise AttributeError(name)
-        raise self._error
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise what opening the model raised."""
-        raise self._error
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return BrokenModel, (self._error,)  # as broken where it goes next
-
-    def __repr__(self) -> str:
-        return f"<BrokenModel: {self._error}>"
-
-    def _raise(self, *args: Any) -> Any:
-        raise self._error
-
-    __str__ = __bool__ = __iter__ = __len__ = __getitem__ = __contains__ = _raise
-
-
-def unpack(header: bytes, *buffers: object) -> keras.Model | PackedModel | BrokenModel:
-    """Unpickle a model; on a scheduler that receives a graph, keep it closed.
+def receive(
+    header: bytes, links: Sequence[Parcel | BrokenObject], *buffers: object
+) -> Parcel | BrokenObject:
+    """Unpickle a parcel.
 
     Parameters
     ----------
     header : bytes
+    links : sequence of Parcel
+        Others of the same pickle, whose parts it refers to.
     *buffers : objects with the buffer protocol
 
     Returns
     -------
-    keras.Model
-        Or, on a scheduler, PackedModel; or, on a worker where it cannot be opened,
-        BrokenModel.
+    Parcel
+        Or, on a worker where its header cannot be read, BrokenObject.
+
+    Raises
+    ------
+    DecodeError
+        If its header cannot be read.
+    """
+    whole = [link for link in links if isinstance(link, Parcel)]
+    if len(whole) < len(links):
+        return next(link for link in links if isinstance(link, BrokenObject))
+    try:
+        return Parcel(header, buffers, whole)
+    except DecodeError as error:
+        return broken(error)
+
+
+def take(parcel: Parcel | BrokenObject, key: Key | None) -> Any:
+    """Unpickle an object; on a scheduler that receives a graph, keep it closed.
+
+    Parameters
+    ----------
+    parcel : Parcel
+    key : Key or None
+        Which of its parts; None for the object itself.
+
+    Returns
+    -------
+    object
+        Or, on a scheduler, PackedObject; or, on a worker where it cannot be opened,
+        BrokenObject.
 
     Raises
     ------
@@ -178,46 +237,17 @@ def unpack(header: bytes, *buffers: object) -> keras.Model | PackedModel | Broke
     MissingPackageError
         On a scheduler, if a worker lacks this package.
     """
-    scheduler = (_caller("distributed.scheduler", "update_graph") or {}).get("self")
+    if isinstance(parcel, BrokenObject):
+        return parcel
+    scheduler = (caller("distributed.scheduler", "update_graph") or {}).get("self")
+    # threads of one process hand tasks on as they are: nobody unpickles them again
+    if scheduler is not None and not scheduler.address.startswith("inproc://"):
+        _require_package(scheduler)
+        return PackedObject(parcel, key)
     try:
-        packed = PackedModel(header, buffers)
-        # threads of one process hand tasks on as they are: nobody unpickles them again
-        if scheduler is None or scheduler.address.startswith("inproc://"):
-            return packed.open()
+        return parcel.part(key)
     except DecodeError as error:
         return broken(error)
-    _require_package(scheduler)
-    return packed
-
-
-def broken(error: DecodeError) -> BrokenModel:
-    """Return what a worker holds in place of a model; raise the error elsewhere."""
-    if _read_by_worker():
-        return BrokenModel(error)
-    raise error
-
-
-def _caller(module: str, function: str) -> dict[str, Any] | None:
-    """Return the local variables of a function if it is what calls us on this thread.
-
-    In a LocalCluster client and scheduler share a process, so what tells them apart
-    is who calls: ``Scheduler.update_graph`` (``distributed/scheduler.py``) unpickles
-    graphs itself, in its coroutine.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == function and frame.f_globals.get("__name__") == module:
-            return frame.f_locals
-        frame = frame.f_back
-    return None
-
-
-def _read_by_worker() -> bool:
-    """Say whether a worker's comm is what unpickles (``distributed/comm/utils.py``)."""
-    worker = sys.modules.get("distributed.worker")
-    if worker is None or not worker.Worker._instances:
-        return False
-    return _caller("distributed.comm.utils", "_from_frames") is not None
 
 
 def _require_package(scheduler: Any) -> None:

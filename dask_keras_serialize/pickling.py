@@ -1,21 +1,148 @@
-"""Pickle for Keras models, over the same encoder as everything else.
+"""Pickle and copy for Keras's objects, over the same encoder as everything else.
 
-The reducer sits on ``keras.Model`` as ``__reduce_ex__``, which pickle, cloudpickle,
+The reducer sits on Keras's base classes as ``__reduce_ex__``, which pickle, cloudpickle,
 copy and joblib ask before ``__reduce__``: so ours is asked first whatever else, such
 as scikeras, puts on ``__reduce__``, and in whatever order things are imported.
+
+Objects that one pickle holds may share parts: two models a layer, an optimizer and a
+model their variables. Nothing tells a reducer what else its pickler has seen. But a
+pickler keeps alive all it has pickled, so the parcels of this thread that are alive are
+those of the same pickle (or of another one that somebody keeps, which costs bytes and
+loses nothing): parts of an object that lie in one of them are referred to, not sent
+again. A parcel is encoded each time a pickler reaches it, so none shows an old state,
+and what others may have referred to keeps its key.
 """
 
 from __future__ import annotations
 
+import copy
+import copyreg
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from weakref import ReferenceType, WeakSet, finalize, ref
 
 import keras
 
-from dask_keras_serialize.packed import PackedModel
+from dask_keras_serialize import backends, private
+from dask_keras_serialize.copying import shallow
+from dask_keras_serialize.errors import EncodeError, KerasSerializeError
+from dask_keras_serialize.packed import Parcel, take
+from dask_keras_serialize.parts import Key
+from dask_keras_serialize.shells import reduces_itself
 
 
-def pack(model: keras.Model) -> PackedModel:
-    """Close a model into a parcel.
+class _Sending:
+    """A parcel on its way into a pickle, closed when the pickler gets to it."""
+
+    def __init__(self, root: Any) -> None:
+        self.root = root
+        #: Its parts by key, once others have asked; held, so that their ids stay theirs.
+        self.parts: dict[Key, Any] = {}
+        self._encoding = ""
+        self._new_parts: Callable[[], Mapping[Key, Any]] = dict
+        self._alive = _alive()
+        self._alive.add(self)
+
+    def close(self) -> tuple[bytes, list[_Sending], list[memoryview]]:
+        """Encode the object."""
+        # here, not above: this module is loaded as keras is, which protocol may be importing
+        from dask_keras_serialize.protocol import encode_parts
+
+        seen = list(self.parts.values()) if self._encoding == "value" else []
+        encoded = encode_parts(self.root, _Others(self), seen=seen)
+        if self.parts:
+            found = encoded.parts()
+            if any(found.get(key) is not part for key, part in self.parts.items()):
+                raise EncodeError(
+                    f"{encoded.header.owner}: it was changed while something that shares parts "
+                    "with it was pickled: pickle them again"
+                )
+        self._encoding, self._new_parts = encoded.header.encoding, encoded.parts
+        self._alive.unnamed.add(self)
+        return encoded.header.to_bytes(), encoded.links, encoded.frames
+
+    def name_parts(self) -> dict[Key, Any]:
+        """Name its parts, for others to refer to from now on."""
+        self.parts |= self._new_parts()
+        return self.parts
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        header, links, frames = self.close()
+        receive, (packed, _, *arrays) = Parcel(header, frames).__reduce_ex__(protocol)
+        return receive, (packed, tuple(links), *arrays)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Parcel:
+        header, others, frames = self.close()
+        links: Any = [copy.deepcopy(each, memo) for each in others]
+        return Parcel(header, frames, links)
+
+
+class _Alive:
+    """The parcels that picklers of one thread keep alive, and what they hold."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.unnamed: WeakSet[_Sending] = WeakSet()
+        self._index: dict[int, tuple[ReferenceType[_Sending], Key | None]] = {}
+
+    def add(self, sending: _Sending) -> None:
+        """Count a parcel for as long as it lives."""
+        self.count += 1
+        self._name(sending, {None: sending.root})
+
+    def find(self, obj_id: int) -> tuple[_Sending, Key | None] | None:
+        """Return the parcel that holds an object, and its key there."""
+        while self.unnamed:
+            sending = self.unnamed.pop()
+            self._name(sending, sending.name_parts())
+        reference, key = self._index.get(obj_id, (None, None))
+        holder = reference() if reference is not None else None
+        return None if holder is None else (holder, key)
+
+    def _name(self, sending: _Sending, parts: Mapping[Any, Any]) -> None:
+        new = {id(part): key for key, part in parts.items() if part is not None}
+        new = {number: key for number, key in new.items() if number not in self._index}
+        self._index |= {number: (ref(sending), key) for number, key in new.items()}
+        finalize(sending, self._forget, list(new), None in parts).atexit = False
+
+    def _forget(self, numbers: list[int], root: bool) -> None:
+        self.count -= root
+        for number in numbers:
+            self._index.pop(number, None)
+
+
+class _Others(Mapping[int, tuple[_Sending, Key | None]]):
+    """What a parcel may refer to in the others that are alive, by ``id()``."""
+
+    def __init__(self, sending: _Sending) -> None:
+        self._sending = sending
+        self._alive = _alive()
+
+    def __getitem__(self, number: int) -> tuple[_Sending, Key | None]:
+        found = self._alive.find(number)
+        # one that is not closed may be closing around this one
+        if found is None or found[0] is self._sending or not found[0]._encoding:
+            raise KeyError(number)
+        return found
+
+    def __len__(self) -> int:
+        return self._alive.count - 1
+
+    def __iter__(self) -> Iterator[int]:
+        raise TypeError("look objects up by their id()")
+
+
+_threads = threading.local()
+
+
+def _alive() -> _Alive:
+    alive: _Alive = vars(_threads).setdefault("alive", _Alive())
+    return alive
+
+
+def pack(obj: Any) -> Parcel:
+    """Close one of Keras's objects into a parcel, to be looked at, kept or opened.
 
     Raises
     ------
@@ -26,37 +153,66 @@ def pack(model: keras.Model) -> PackedModel:
     -----
     Copies: as :func:`dask_keras_serialize.protocol.encode`.
     """
-    # here, not above: this module is loaded as keras is, which protocol may be importing
     from dask_keras_serialize.protocol import encode
 
-    header, frames = encode(model)
-    return PackedModel(header.to_bytes(), frames)
+    header, frames = encode(obj)
+    return Parcel(header.to_bytes(), frames)
 
 
-def reduce_model(model: keras.Model, protocol: Any) -> Any:
-    """Reduce a model for pickle; stands on ``keras.Model`` as ``__reduce_ex__``.
+def reduce_object(obj: Any, protocol: Any) -> Any:
+    """Reduce one of Keras's objects; stands on their base classes as ``__reduce_ex__``.
 
-    A subclass that defines ``__reduce__`` keeps it.
+    A class of the user's that defines ``__reduce__`` keeps it.
 
     Notes
     -----
     Copies: under protocol 5 with a buffer callback, as ``encode``; else pickle copies
     every byte once more into its stream.
     """
-    for cls in type(model).__mro__:
-        if cls is keras.Model:
-            break
-        if "__reduce__" in vars(cls):
-            return model.__reduce__()
-    return pack(model).__reduce_ex__(protocol)
+    if reduces_itself(obj.__class__):
+        return obj.__reduce__()
+    return take, _alive().find(id(obj)) or (_Sending(obj), None)
+
+
+def _tensors() -> tuple[type, ...]:
+    try:
+        return backends.current()[1].TENSORS
+    except KerasSerializeError:  # a backend that we do not know
+        return ()
+
+
+def _bases() -> list[Any]:
+    """Return the classes that every one of Keras's objects descends from."""
+    classes = list(private.CITIZENS)
+    return [cls for cls in classes if not any(base in classes for base in cls.__mro__[1:])]
 
 
 def install() -> None:
-    """Put the reducer on ``keras.Model``."""
-    keras.Model.__reduce_ex__ = reduce_model
+    """Put the reducer, and what ``copy.copy`` asks for, on Keras's base classes."""
+    for cls in _bases():
+        cls.__reduce_ex__ = reduce_object
+        cls.__copy__ = shallow
+    for cls in _tensors():
+        copyreg.pickle(cls, lambda tensor: reduce_object(tensor, 4))
 
 
 def uninstall() -> None:
-    """Take it off again."""
-    if vars(keras.Model).get("__reduce_ex__") is reduce_model:
-        del keras.Model.__reduce_ex__
+    """Take them off again."""
+    for cls in _bases():
+        for name, ours in (("__reduce_ex__", reduce_object), ("__copy__", shallow)):
+            if vars(cls).get(name) is ours:
+                delattr(cls, name)
+    for cls in _tensors():
+        copyreg.dispatch_table.pop(cls, None)
+
+
+def take_deepcopy() -> Callable[[], None] | None:
+    """Take off ``keras.Model`` what scikeras puts there, for ``copy.deepcopy`` to ask first.
+
+    It goes through a file, and loses what Keras's own way loses (``scikeras/__init__.py``).
+    """
+    method = vars(keras.Model).get("__deepcopy__")
+    if str(getattr(method, "__module__", "")).startswith("scikeras"):
+        del keras.Model.__deepcopy__
+        return lambda: setattr(keras.Model, "__deepcopy__", method)
+    return None

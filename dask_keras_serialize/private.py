@@ -31,6 +31,7 @@ def _find(module: str, name: str) -> Any:
 
 Function = _find("keras.src.ops.function", "Function")
 Node = _find("keras.src.ops.node", "Node")
+KerasHistory = _find("keras.src.ops.node", "KerasHistory")
 KerasSaveable = _find("keras.src.saving.keras_saveable", "KerasSaveable")
 Tracker = _find("keras.src.utils.tracking", "Tracker")
 DynamicBackend = _find("keras.src.utils.backend_utils", "DynamicBackend")
@@ -41,8 +42,29 @@ TRACKED = tuple(
     for name in ("TrackedList", "TrackedDict", "TrackedOrderedDict", "TrackedSet")
 )
 
-#: Classes whose instances become shells when a model goes by value.
-SHELLS: tuple[type, ...] = (KerasSaveable, keras.Variable, keras.KerasTensor, Node, Tracker)
+#: What errors call an object, by the first of its bases found here: all that Keras's
+#: users hold. Layer and Model stand before KerasSaveable, the base of most.
+CITIZENS: dict[type, str] = {
+    keras.Model: "model",
+    keras.Layer: "layer",
+    keras.Optimizer: "optimizer",
+    keras.Metric: "metric",
+    keras.Loss: "loss",
+    keras.Variable: "variable",
+    keras.KerasTensor: "symbolic tensor",
+    keras.Initializer: "initializer",
+    keras.Regularizer: "regularizer",
+    keras.constraints.Constraint: "constraint",
+    keras.Quantizer: "quantizer",
+    keras.optimizers.schedules.LearningRateSchedule: "schedule",
+    keras.DTypePolicy: "dtype policy",
+    keras.random.SeedGenerator: "seed generator",
+    keras.callbacks.Callback: "callback",
+    KerasSaveable: "operation",
+}
+
+#: Classes whose instances become shells when an object goes by value.
+SHELLS: tuple[type, ...] = (*CITIZENS, Node, Tracker)
 
 _NOT_BY_CONFIG = "encoding by config is not chosen"
 _NOT_BY_VALUE = "encoding by value is refused"
@@ -65,7 +87,12 @@ KERAS = {
     "Layer._non_trainable_variables": ("keras/src/layers/layer.py", _NOT_BY_CONFIG),
     "Layer._seed_generators": ("keras/src/layers/layer.py", _NOT_BY_CONFIG),
     "Layer._losses": ("keras/src/layers/layer.py", "nothing: it is a cache"),
+    "Sequential._functional": ("keras/src/models/sequential.py", "nothing pickled with it shares"),
     "Function._outputs_struct": ("keras/src/ops/function.py", _NOT_BY_CONFIG),
+    "Operation._inbound_nodes": ("keras/src/ops/operation.py", "functional models fail by value"),
+    "Operation._outbound_nodes": ("keras/src/ops/operation.py", "as _inbound_nodes"),
+    "KerasTensor._keras_history": ("keras/src/ops/node.py", "functional models fail by value"),
+    "KerasHistory": ("keras/src/ops/node.py", _NOT_BY_VALUE),
     "Function._operations": ("keras/src/ops/function.py", "functional models fail by value"),
     "Function._nodes": ("keras/src/ops/function.py", "functional models fail by value"),
     "Trainer._compile_config": ("keras/src/trainers/trainer.py", _NOT_BY_CONFIG),
@@ -147,7 +174,28 @@ class _Draws:
         return getattr(self._own if here else self._original, name)
 
 
-def flatten_layers(model: keras.Model) -> Iterator[keras.Layer]:
+def describe(obj: Any) -> str:
+    """Say what an object is called in errors, such as ``"layer 'dense' (my.Dense)"``."""
+    kind = next((kind for cls, kind in CITIZENS.items() if isinstance(obj, cls)), "object")
+    return (
+        f"{kind} {name!r} ({full_name(type(obj))})"
+        if (name := name_of(obj))
+        else (f"{kind} ({full_name(type(obj))})")
+    )
+
+
+def name_of(obj: Any) -> str:
+    """Return an object's own name, or an empty string."""
+    name = getattr(obj, "name", "")
+    return name if isinstance(name, str) else ""
+
+
+def full_name(cls: Any) -> str:
+    """Return the name of a class or function, with its module's."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def flatten_layers(model: keras.Layer) -> Iterator[keras.Layer]:
     """Yield the model's layers at every depth, each once, itself left out."""
     if hasattr(model, "_flatten_layers"):
         yield from model._flatten_layers(include_self=False, recursive=True)
@@ -159,6 +207,21 @@ def flatten_layers(model: keras.Model) -> Iterator[keras.Layer]:
         if found.setdefault(id(layer), layer) is layer:
             waiting = [*getattr(layer, "layers", ()), *waiting]
     yield from found.values()
+
+
+def function_of(layer: keras.Layer) -> Any:
+    """Return the function inside a functional or Sequential model, or None."""
+    function = getattr(layer, "_functional", layer)
+    return function if isinstance(function, Function) else None
+
+
+def nodes(function: Any) -> Iterator[tuple[tuple[str, int], Any]]:
+    """Yield the nodes of a function's graph by operation and order of calls."""
+    for operation in getattr(function, "_operations", ()):
+        keys = enumerate(operation._inbound_nodes)
+        ours = [node for i, node in keys if f"{id(operation)}_ib-{i}" in function._nodes]
+        for i, node in enumerate(ours):
+            yield (operation.name, i), node
 
 
 def own(layer: keras.Layer) -> list[keras.Variable]:

@@ -1,8 +1,8 @@
-"""The one encoder: a Keras model <-> (header, frames).
+"""The one encoder: a Keras object <-> (header, frames).
 
 Every route takes it: Dask's own family of serializers, pickle, and what is built on
-either. Here it is decided how a model travels: by its config where that is known to
-carry it whole (``fidelity``), else by value.
+either. Here it is decided how an object travels: a model by its config where that is
+known to carry it whole (``fidelity``), everything else by value.
 """
 
 from __future__ import annotations
@@ -10,35 +10,56 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
-from dask_keras_serialize import backends, by_config, by_value, frames, private
+from dask_keras_serialize import (
+    backends,
+    by_config,
+    by_value,
+    fingerprints,
+    frames,
+    private,
+    strings,
+)
 from dask_keras_serialize.errors import DecodeError, EncodeError, KerasSerializeError
 from dask_keras_serialize.frames import Frame
 from dask_keras_serialize.header import (
     ITEMSIZE,
+    STRING,
     Encoding,
     Header,
     VariableEntry,
     package_version,
     python_version,
 )
+from dask_keras_serialize.parts import Description, Key, Rebuilt
 from dask_keras_serialize.rebuild import Values
 
 logger = logging.getLogger(__name__)
 
 
-def encode(model: keras.Model, *, for_token: bool = False) -> tuple[Header, list[Frame]]:
-    """Turn a model into a header and frames.
+class Encoded(NamedTuple):
+    """An object on its way out: header, frames, and names for its parts."""
+
+    header: Header
+    frames: list[Frame]
+    parts: Callable[[], Mapping[Key, Any]]
+    links: list[Any]
+
+
+def encode(obj: Any, *, for_token: bool = False) -> tuple[Header, list[Frame]]:
+    """Turn an object into a header and frames.
 
     Parameters
     ----------
-    model : keras.Model
-        Left as it is.
+    obj : object
+        A model or another of Keras's objects, see ``private.CITIZENS``, or a tensor of
+        the backend. Left as it is.
     for_token : bool
         Make the bytes the same in every process, at the price that nobody can decode
         them; see :func:`dask_keras_serialize.by_value.dump`.
@@ -53,29 +74,62 @@ def encode(model: keras.Model, *, for_token: bool = False) -> tuple[Header, list
     Raises
     ------
     EncodeError
-        If it cannot travel without losing something; names the model and the part.
+        If it cannot travel without losing something; names the object and the part.
 
     Notes
     -----
     Copies: each variable under 64 KiB once, into the arena; no other weight byte on
     TensorFlow and JAX; with torch every byte once (its memory is written in place).
     """
-    owner = f"model {model.name!r} ({_class_name(model)})"
+    encoded = encode_parts(obj, for_token=for_token)
+    return encoded.header, encoded.frames
+
+
+def encode_parts(
+    obj: Any,
+    links: Mapping[int, tuple[Any, Key | None]] = MappingProxyType({}),
+    *,
+    seen: Sequence[Any] = (),
+    for_token: bool = False,
+) -> Encoded:
+    """Do as :func:`encode`, for an object that is pickled together with others.
+
+    Parameters
+    ----------
+    obj : object
+    links : dict of int to (parcel, Key)
+        What other parcels of the same pickle hold: which, and the key there, by ``id()``.
+        Parts found there are referred to, not sent again.
+    seen : sequence of object
+        The parts of an earlier description by value, in order: they keep their numbers.
+    for_token : bool
+
+    Returns
+    -------
+    Encoded
+    """
+    owner = private.describe(obj)
     name, backend = backends.current()
-    described = by_config.dump(model)
-    encoding: Encoding = "config"
+    encoding: Encoding = "value"
+    described: Description | str = ""
+    if links or seen:
+        described = by_value.dump(obj, links=links, seen=seen)
+        if not described.links and not seen:
+            described = ""
+    if isinstance(described, str) and isinstance(obj, keras.Model):
+        encoding, described = "config", by_config.dump(obj)
     if isinstance(described, str):
         logger.debug("%s goes by value: %s", owner, described)
-        encoding, described = "value", by_value.dump(model, for_token=for_token)
-    body, variables, extras = described
+        encoding, described = "value", by_value.dump(obj, for_token=for_token)
+    body, variables, extras, parts, used = described
     for variable in variables:
         if variable.dtype not in ITEMSIZE:
             raise EncodeError(
                 f"{owner}: variable {variable.path!r} has dtype {variable.dtype}, which cannot "
-                "travel yet: cast it, or keep it out of the model"
+                "travel yet: cast it, or keep it out"
             )
     arrays = [_view(backend, variable, owner) for variable in variables]
-    locations, parts = frames.pack([*arrays, *extras])
+    locations, packed = frames.pack([*arrays, *extras])
     entries = tuple(
         VariableEntry(v.path, tuple(map(int, v.shape)), v.dtype, bool(v.trainable), location)
         for v, location in zip(variables, locations[: len(variables)], strict=True)
@@ -83,8 +137,9 @@ def encode(model: keras.Model, *, for_token: bool = False) -> tuple[Header, list
     body["extras"] = [list(location) for location in locations[len(variables) :]]
     header = Header(
         encoding=encoding,
-        name=model.name,
-        class_name=_class_name(model),
+        owner=owner,
+        name=private.name_of(obj),
+        class_name=private.full_name(type(obj)),
         backend=name,
         versions={
             "python": python_version(),
@@ -95,7 +150,7 @@ def encode(model: keras.Model, *, for_token: bool = False) -> tuple[Header, list
         body=body,
         variables=entries,
     )
-    return header.with_frames(parts), parts
+    return Encoded(header.with_frames(packed), packed, parts, used)
 
 
 def _view(backend: Any, variable: keras.Variable, owner: str) -> backends.Array:
@@ -104,7 +159,7 @@ def _view(backend: Any, variable: keras.Variable, owner: str) -> backends.Array:
     for _ in range(1000):
         array: backends.Array = backend.view(variable)
         if array.shape == shape:
-            return array
+            return strings.to_bytes(array) if variable.dtype == STRING else array
         # TensorFlow takes a tensor apart for as long as it updates it in place
         time.sleep(0.001)
     raise EncodeError(
@@ -113,8 +168,8 @@ def _view(backend: Any, variable: keras.Variable, owner: str) -> backends.Array:
     )
 
 
-def decode(header: Header, buffers: Sequence[object], *, keep: bool = False) -> keras.Model:
-    """Turn a header and frames back into a model.
+def decode(header: Header, buffers: Sequence[object], *, keep: bool = False) -> Any:
+    """Turn a header and frames back into an object.
 
     Parameters
     ----------
@@ -123,17 +178,18 @@ def decode(header: Header, buffers: Sequence[object], *, keep: bool = False) -> 
     buffers : sequence of objects with the buffer protocol
         The frames, in order. Never written to.
     keep : bool
-        Whether the model may use them in place, see :func:`frames.as_frames`: they are
+        Whether the object may use them in place, see :func:`frames.as_frames`: they are
         its own from now on, and nobody else writes to them. Else it keeps none.
 
     Returns
     -------
-    keras.Model
+    object
+        As it was given to :func:`encode`.
 
     Raises
     ------
     DecodeError
-        If the frames are not those the header describes, or the model cannot be
+        If the frames are not those the header describes, or the object cannot be
         rebuilt here: another backend or version, a missing class.
 
     Notes
@@ -141,8 +197,25 @@ def decode(header: Header, buffers: Sequence[object], *, keep: bool = False) -> 
     Copies: at most one of each variable's bytes, into memory the backend owns; none of
     a large variable that ``keep`` allows and the backend can use where it lies.
     """
-    parts = frames.as_frames(buffers, header.owner, keep=keep)
-    frames.check(parts, header.frame_sizes, header.fingerprints, header.whole, header.owner)
+    return decode_parts(header, frames.as_frames(buffers, header.owner, keep=keep)).root
+
+
+def decode_parts(header: Header, parts: Sequence[Frame], links: Sequence[Rebuilt] = ()) -> Rebuilt:
+    """Do as :func:`decode`, for an object that was pickled together with others.
+
+    Parameters
+    ----------
+    header : Header
+    parts : sequence of memoryview
+        Those that are writeable are the object's to keep.
+    links : sequence of Rebuilt
+        The other parcels it refers to.
+
+    Returns
+    -------
+    Rebuilt
+    """
+    fingerprints.check(parts, header.frame_sizes, header.fingerprints, header.whole, header.owner)
     _check_environment(header)
     values = Values(header, parts)
     try:
@@ -155,16 +228,19 @@ def decode(header: Header, buffers: Sequence[object], *, keep: bool = False) -> 
             f"{header.owner}: malformed header: its variables do not lie where their sizes "
             "put them; send it again"
         )
-    extras = [frames.unpack(parts, location, header.owner) for location in locations]
-    twin = by_config if header.encoding == "config" else by_value
-    return twin.load(header.body, values, extras)
+    extras: list[backends.Array] = [
+        frames.unpack(parts, location, header.owner) for location in locations
+    ]
+    if header.encoding == "config":
+        return by_config.load(header.body, values, extras)
+    return by_value.load(header.body, values, extras, links)
 
 
-def nbytes(model: keras.Model) -> int:
+def nbytes(obj: Any) -> int:
     """Count the bytes of all variables, without reading them."""
     return sum(
         int(np.prod(tuple(v.shape), dtype=np.int64)) * ITEMSIZE.get(v.dtype, 1)
-        for v in by_config.variables_of(model)
+        for v in _variables(obj)
     )
 
 
@@ -173,11 +249,18 @@ def nbytes(model: keras.Model) -> int:
 GRAPH_BYTES = (60_000, 4_000, 9_000)
 
 
-def graph_nbytes(model: keras.Model) -> int:
-    """Estimate the bytes of the Python objects around a model's variables."""
+def graph_nbytes(obj: Any) -> int:
+    """Estimate the bytes of the Python objects around the variables."""
     base, per_layer, per_variable = GRAPH_BYTES
-    layers = 1 + sum(1 for _ in private.flatten_layers(model))
-    return base + per_layer * layers + per_variable * len(by_config.variables_of(model))
+    model = isinstance(obj, keras.Model)
+    layers = 1 + sum(1 for _ in private.flatten_layers(obj)) if isinstance(obj, keras.Layer) else 0
+    return base * model + per_layer * layers + per_variable * len(_variables(obj))
+
+
+def _variables(obj: Any) -> list[keras.Variable]:
+    if isinstance(obj, keras.Model):
+        return by_config.variables_of(obj)
+    return [obj] if isinstance(obj, keras.Variable) else list(getattr(obj, "variables", ()))
 
 
 def _check_environment(header: Header) -> None:
@@ -206,7 +289,3 @@ def _check_environment(header: Header) -> None:
 
 def _minor(version: str) -> list[str]:
     return re.findall(r"\d+", version)[:2]
-
-
-def _class_name(model: Any) -> str:
-    return f"{type(model).__module__}.{type(model).__qualname__}"

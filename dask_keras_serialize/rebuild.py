@@ -22,10 +22,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from dask_keras_serialize import backends, private
+from dask_keras_serialize import backends, private, strings
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.frames import LARGE, Frame, unpack
-from dask_keras_serialize.header import ITEMSIZE, Header
+from dask_keras_serialize.header import ITEMSIZE, STRING, Header
 
 #: ``id(variable)`` to the index of its value, and the variable, so that the id stays its.
 Given = dict[int, tuple[int, keras.Variable]]
@@ -59,6 +59,8 @@ class Values:
         entry = self.header.variables[index]
         owner = f"{self.header.owner}: variable {entry.path!r}"
         raw = unpack(self._frames, entry.location, owner)
+        if entry.dtype == STRING:
+            return strings.from_bytes(raw, entry.shape, owner)
         return raw.view(_dtype(entry.dtype)).reshape(entry.shape)
 
     def tensor(self, index: int) -> Any:

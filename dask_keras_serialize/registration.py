@@ -43,14 +43,19 @@ from typing import Any
 
 import wrapt
 
-from dask_keras_serialize.cluster import announce, explain_error, wrap_client
-from dask_keras_serialize.frames import host_array
+from dask_keras_serialize.cluster import (
+    announce,
+    explain_error,
+    serialize_together,
+    wrap_client,
+)
+from dask_keras_serialize.frames import ALIGNMENT, host_array
 from dask_keras_serialize.handlers import (
-    deserialize_keras_model,
+    deserialize_keras,
     loads,
-    serialize_keras_model,
-    sizeof_model,
-    tokenize_model,
+    serialize_keras,
+    sizeof_keras,
+    tokenize_keras,
 )
 from dask_keras_serialize.header import FORMAT
 
@@ -141,17 +146,49 @@ def _take_keras(keras: Any) -> None:
     _before["pickle"] = pickling.uninstall
 
 
+def _take_scikeras(scikeras: Any) -> None:
+    from dask_keras_serialize import pickling
+
+    if "scikeras" not in _before and (restore := pickling.take_deepcopy()):
+        _before["scikeras"] = restore
+
+
+def _take_alignment(numpy_pickle: Any) -> None:
+    wrapper = getattr(numpy_pickle, "NumpyArrayWrapper", None)
+    defaults = getattr(getattr(wrapper, "__init__", None), "__defaults__", None)
+    if "alignment" in _before or wrapper is None or not defaults or type(defaults[-1]) is not int:
+        return
+    wrapper.__init__.__defaults__ = (*defaults[:-1], ALIGNMENT)
+
+    def restore() -> None:
+        wrapper.__init__.__defaults__ = defaults
+
+    _before["alignment"] = restore
+
+
+def _take_collections(serialize: Any) -> None:
+    if "collections" in _before or not hasattr(serialize, "serialize"):
+        return
+    original = serialize.serialize
+
+    def restore() -> None:
+        serialize.serialize = original
+
+    _before["collections"] = restore
+    serialize.serialize = serialize_together(original)
+
+
 def _take_tokens(tokenize: Any) -> None:
-    _take("tokenize", tokenize.normalize_token, tokenize_model)
+    _take("tokenize", tokenize.normalize_token, tokenize_keras)
 
 
 def _take_sizes(sizeof: Any) -> None:
-    _take("sizeof", sizeof.sizeof, sizeof_model)
+    _take("sizeof", sizeof.sizeof, sizeof_keras)
 
 
 def _take_serializers(protocol: Any) -> None:
-    _take("serialize", protocol.dask_serialize, serialize_keras_model)
-    _take("deserialize", protocol.dask_deserialize, deserialize_keras_model)
+    _take("serialize", protocol.dask_serialize, serialize_keras)
+    _take("deserialize", protocol.dask_deserialize, deserialize_keras)
     # not protocol.serialize, which is the function of that name
     families = sys.modules["distributed.protocol.serialize"].families
     for name, ours in (("dask", loads), ("error", explain_error)):
@@ -183,22 +220,23 @@ def _take_client(client: Any) -> None:
 
 
 def _take(slot: str, dispatch: Any, handler: Callable[..., Any]) -> None:
-    """Take the place of keras.Model, and of its subclasses, in a Dispatch."""
+    """Take the place of Keras's classes, and of their subclasses, in a Dispatch."""
     if slot in _before:
         return
     lazy = dispatch._lazy.get("keras")
-    had = dispatch._lookup.get(_model_class()) if "keras" in sys.modules else None
+    had = {cls: dispatch._lookup.get(cls) for cls in _classes()} if "keras" in sys.modules else {}
 
     def take() -> None:
-        _forget_models(dispatch)
-        dispatch.register(_model_class(), handler)
+        _forget(dispatch)
+        dispatch.register(_classes(), handler)
 
     def restore() -> None:
         dispatch._lazy.pop("keras", None)
         if "keras" in sys.modules:
-            _forget_models(dispatch)
-            if had is not None:
-                dispatch.register(_model_class(), had)
+            _forget(dispatch)
+            for cls, original in had.items():
+                if original is not None:
+                    dispatch.register(cls, original)
         if lazy is not None:
             dispatch.register_lazy("keras", lazy)
 
@@ -207,30 +245,30 @@ def _take(slot: str, dispatch: Any, handler: Callable[..., Any]) -> None:
     # any class but the very one, so what has been cached has to go as well
     dispatch.register_lazy("keras", take)
     if "keras" in sys.modules:
-        _forget_models(dispatch)
+        _forget(dispatch)
 
 
-def _forget_models(dispatch: Any) -> None:
-    """Drop what a Dispatch has registered or cached for Model and its subclasses."""
-    model = _model_class()
-    for cls in [
-        cls for cls in dispatch._lookup if isinstance(cls, type) and issubclass(cls, model)
-    ]:
+def _forget(dispatch: Any) -> None:
+    """Drop what a Dispatch has registered or cached for Keras's classes and subclasses."""
+    ours = _classes()
+    for cls in [cls for cls in dispatch._lookup if isinstance(cls, type) and issubclass(cls, ours)]:
         del dispatch._lookup[cls]
 
 
-def _model_class() -> type:
-    import keras
+def _classes() -> tuple[type, ...]:
+    from dask_keras_serialize.private import CITIZENS
 
-    model: type = keras.Model
-    return model
+    return tuple(CITIZENS)
 
 
 _TAKERS: dict[str, Callable[[Any], None]] = {
     "dask.sizeof": _take_sizes,
     "dask.tokenize": _take_tokens,
     "distributed.protocol": _take_serializers,
+    "distributed.protocol.serialize": _take_collections,
     "distributed.comm.tcp": _take_buffers,
     "distributed.client": _take_client,
     "keras": _take_keras,
+    "scikeras": _take_scikeras,
+    "joblib.numpy_pickle": _take_alignment,
 }

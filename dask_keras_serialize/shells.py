@@ -1,24 +1,36 @@
 """Pickle that takes Keras's objects for shells: empty at first sight, filled later.
 
 A *shell* is an instance made by ``cls.__new__`` alone. In a pickle it is a persistent
-id, ``(number, class)``; what fills it is somebody else's business (``by_value``).
+id, ``(reference, class)``: its number, or, if it lies in another parcel of the same
+pickle, the number of that parcel and its key there. What fills it is somebody else's
+business (``by_value``).
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import sys
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import cloudpickle
 
 from dask_keras_serialize import private
 from dask_keras_serialize.backends import Backend
 from dask_keras_serialize.errors import DecodeError
+from dask_keras_serialize.parts import Rebuilt, Reference
 from dask_keras_serialize.private import SHELLS
 
 _PLAIN = (str, int, float, bytes, type(None))
+
+#: Modules whose code everybody has who has Keras.
+_EVERYWHERE = frozenset(
+    {*sys.stdlib_module_names, "keras", "tensorflow", "jax", "torch", "numpy", "ml_dtypes"}
+    | {"cloudpickle", "dask_keras_serialize"}
+)
 
 
 class ShellPickler(cloudpickle.Pickler):  # type: ignore[misc]
@@ -30,8 +42,8 @@ class ShellPickler(cloudpickle.Pickler):  # type: ignore[misc]
     buffers : list of pickle.PickleBuffer
         Collects what goes out of band.
     backend : Backend
-    number : callable
-        Takes one of Keras's objects and returns its number.
+    refer : callable
+        Takes one of Keras's objects and returns what names it.
     for_token : bool
         Make the bytes the same in every process, at the price that nobody can load
         them: strings that are equal but not the same object, the order of sets and
@@ -43,19 +55,22 @@ class ShellPickler(cloudpickle.Pickler):  # type: ignore[misc]
         file: io.BytesIO,
         buffers: list[pickle.PickleBuffer],
         backend: Backend,
-        number: Callable[[Any], int],
+        refer: Callable[[Any], Reference],
         for_token: bool,
     ) -> None:
         super().__init__(file, protocol=5, buffer_callback=buffers.append)
+        #: Names of code that is neither Python's nor Keras's, and whether it travels
+        #: by "reference" or by "value".
+        self.code: dict[str, str] = {}
         self._backend = backend
-        self._number = number
+        self._refer = refer
         self._for_token = for_token
         self._shells = SHELLS + backend.SHELLS
 
-    def persistent_id(self, obj: Any) -> tuple[int, type] | bytes | None:
-        """Name a shell by its number; for tokens, strings and sets by what is in them."""
-        if isinstance(obj, self._shells):
-            return self._number(obj), type(obj)
+    def persistent_id(self, obj: Any) -> tuple[Reference, type] | bytes | None:
+        """Name a shell; for tokens, strings and sets by what is in them."""
+        if isinstance(obj, self._shells) and not reduces_itself(type(obj)):
+            return self._refer(obj), type(obj)
         if self._for_token:
             if type(obj) is str:
                 return obj.encode(errors="surrogatepass")
@@ -73,6 +88,8 @@ class ShellPickler(cloudpickle.Pickler):  # type: ignore[misc]
         if reduced is not None:
             return reduced
         reduced = super().reducer_override(obj)
+        if isinstance(obj, (type, types.FunctionType)):
+            self._note(obj, "reference" if reduced is NotImplemented else "value")
         if self._for_token and isinstance(obj, type) and isinstance(reduced, tuple):
             function, arguments, *rest = reduced
             name = f"{obj.__module__}.{obj.__qualname__}"
@@ -81,6 +98,10 @@ class ShellPickler(cloudpickle.Pickler):  # type: ignore[misc]
             arguments = tuple(name if known and a == known else a for a in arguments)
             return (function, arguments, *rest)
         return reduced
+
+    def _note(self, code: Any, how: str) -> None:
+        if str(code.__module__).partition(".")[0] not in _EVERYWHERE:
+            self.code[private.full_name(code)] = how
 
 
 class ShellUnpickler(pickle.Unpickler):
@@ -93,6 +114,8 @@ class ShellUnpickler(pickle.Unpickler):
     file : file
     buffers : sequence of buffers
     backend : Backend
+    links : sequence of Rebuilt
+        Other parcels of the same pickle.
     """
 
     def __init__(
@@ -101,28 +124,59 @@ class ShellUnpickler(pickle.Unpickler):
         file: io.BytesIO,
         buffers: Sequence[Any],
         backend: Backend,
+        links: Sequence[Rebuilt],
     ) -> None:
         super().__init__(file, buffers=buffers)
         self._shells = shells
         self._backend = backend
+        self._links = links
 
-    def persistent_load(self, pid: tuple[int, type]) -> Any:
-        """Return the shell of a number, made at first sight; DecodeError if no such class."""
-        number, cls = pid
-        shell = self._shells.get(number)
-        if shell is None and cls in self._backend.SHELLS:
-            shell = self._shells[number] = self._backend.shell(cls)
-        elif shell is None:
-            if not issubclass(cls, SHELLS):
+    def persistent_load(self, pid: tuple[Reference, type]) -> Any:
+        """Return the shell of a reference, made at first sight; DecodeError if no such class."""
+        reference, cls = pid
+        if isinstance(reference, tuple):
+            parcel, key = reference
+            obj = self._links[parcel].part(key)
+            if type(obj) is not cls:
+                raise DecodeError(f"the {cls.__qualname__} it shares with another is not there")
+            return obj
+        shell = self._shells.get(reference)
+        if shell is None:
+            if cls in self._backend.SHELLS:
+                shell = self._backend.shell(cls)
+            elif issubclass(cls, SHELLS):
+                shell = new_shell(cls)
+            else:
                 raise DecodeError(f"{cls.__qualname__} is not a Keras class")
-            # Keras's own __new__, which wraps build(), takes no arguments; a user's might
-            new = next(
-                vars(base)["__new__"]
-                for base in cls.__mro__
-                if "__new__" in vars(base) and not _foreign(base)
-            )
-            shell = self._shells[number] = new(cls)
+            self._shells[reference] = shell
         return shell
+
+
+def new_shell(cls: type) -> Any:
+    """Make an empty instance."""
+    # Keras's own __new__, which wraps build(), takes no arguments; a user's might
+    new = next(
+        vars(base)["__new__"]
+        for base in cls.__mro__
+        if "__new__" in vars(base) and not _foreign(base)
+    )
+    return new(cls)
+
+
+def reduces_itself(cls: Any) -> bool:
+    """Say whether a class outside Keras says itself how it is pickled."""
+    known = _REDUCES_ITSELF.get(cls)
+    if known is None:
+        known = _REDUCES_ITSELF[cls] = _reduces_itself(cls)
+    return known
+
+
+#: Weak: classes may be made by the thousand.
+_REDUCES_ITSELF: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
+
+
+def _reduces_itself(cls: type) -> bool:
+    return own_method(cls, "__reduce_ex__") or own_method(cls, "__reduce__")
 
 
 def own_method(cls: type, name: str) -> bool:

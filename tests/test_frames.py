@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dask_keras_serialize import frames
+from dask_keras_serialize import fingerprints, frames
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.frames import ALIGNMENT, LARGE, Location
 
@@ -59,13 +59,13 @@ def test_a_location_outside_the_frames_names_its_owner(location):
 
 
 def described(*parts):
-    return [part.nbytes for part in parts], *frames.fingerprints(parts)
+    return [part.nbytes for part in parts], *fingerprints.fingerprints(parts)
 
 
 def test_check_names_what_is_wrong():
     a, b = memoryview(bytes(range(200))), memoryview(bytes(range(1, 201)))
     sizes, marks, whole = described(a, b)
-    frames.check([a, b], sizes, marks, whole, "it")
+    fingerprints.check([a, b], sizes, marks, whole, "it")
     for wrong, message in [
         ([a], "1 frames arrived where 2"),
         ([a, b, b], "3 frames arrived where 2"),
@@ -74,7 +74,7 @@ def test_check_names_what_is_wrong():
         ([a, memoryview(bytes(200))], "does not hold the bytes"),
     ]:
         with pytest.raises(DecodeError, match=message):
-            frames.check(wrong, sizes, marks, whole, "it")
+            fingerprints.check(wrong, sizes, marks, whole, "it")
 
 
 def test_frames_that_look_alike_cannot_change_places():
@@ -82,23 +82,23 @@ def test_frames_that_look_alike_cannot_change_places():
     one, other, third = (bytearray(10 * LARGE) for _ in range(3))
     other[LARGE + 5] = 1
     parts = [memoryview(part) for part in (one, other, third)]
-    assert len({frames.fingerprint(part) for part in parts}) == 1
+    assert len({fingerprints.fingerprint(part) for part in parts}) == 1
     sizes, marks, whole = described(*parts)
     assert whole == [0, 1, 2]
-    frames.check(parts, sizes, marks, whole, "it")
-    frames.check([parts[2], parts[1], parts[0]], sizes, marks, whole, "it")  # equal ones may
+    fingerprints.check(parts, sizes, marks, whole, "it")
+    fingerprints.check([parts[2], parts[1], parts[0]], sizes, marks, whole, "it")  # equal ones may
     with pytest.raises(DecodeError, match="out of order"):
-        frames.check([parts[1], parts[0], parts[2]], sizes, marks, whole, "it")
+        fingerprints.check([parts[1], parts[0], parts[2]], sizes, marks, whole, "it")
     assert described(parts[0], parts[2])[2] == []  # costs nothing where nothing differs
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096, 4097, 100_000])
 def test_fingerprint_tells_first_and_last_byte(size):
     data = bytearray(size)
-    mark = frames.fingerprint(memoryview(data))
+    mark = fingerprints.fingerprint(memoryview(data))
     for i in {0, size - 1} if size else ():
         data[i] ^= 1
-        assert frames.fingerprint(memoryview(data)) != mark
+        assert fingerprints.fingerprint(memoryview(data)) != mark
         data[i] ^= 1
 
 

@@ -9,6 +9,7 @@ from dask_keras_serialize.header import FORMAT_VERSION, Header, VariableEntry
 def header(**changes):
     fields = {
         "encoding": "config",
+        "owner": "model 'm' (keras.Sequential)",
         "name": "m",
         "class_name": "keras.Sequential",
         "backend": "tensorflow",

@@ -6,8 +6,9 @@ from dask.base import tokenize
 from dask.sizeof import sizeof
 
 from dask_keras_serialize import packed
+from dask_keras_serialize.broken import BrokenObject
 from dask_keras_serialize.errors import DecodeError, MissingPackageError
-from dask_keras_serialize.packed import BrokenModel, PackedModel
+from dask_keras_serialize.packed import PackedObject
 from dask_keras_serialize.pickling import pack
 from tests import zoo
 
@@ -21,20 +22,19 @@ def test_a_parcel_opens_to_new_models():
     assert model.name in repr(parcel)
 
 
-def test_it_pickles_again_to_the_same_bytes_without_touching_them(monkeypatch):
+def test_it_pickles_again_to_the_same_bytes_without_touching_them():
     parcel = pack(zoo.build("trained subclassed"))
-    monkeypatch.setattr(packed, "unpack", keep)
     buffers = []
     stream = pickle.dumps(parcel, protocol=5, buffer_callback=buffers.append)
     again = pickle.loads(stream, buffers=buffers)
     assert [addresses(f) for f in again.frames] == [addresses(f) for f in parcel.frames]
     assert again.header == parcel.header
     assert tokenize(again) == tokenize(parcel)
-    assert sizeof(again) >= again.nbytes == parcel.nbytes
+    assert sizeof(PackedObject(again)) >= again.nbytes == parcel.nbytes
 
 
-def keep(header, *buffers):
-    return PackedModel(header, buffers)
+def keep(parcel, key):
+    return PackedObject(parcel, key)
 
 
 def addresses(frame):
@@ -45,9 +45,9 @@ def test_a_closed_model_hands_its_methods_on_closed(monkeypatch):
     """As a scheduler does with ``client.submit(model.predict, x)``."""
     model = zoo.build("trained")
     stream = pickle.dumps(model.predict)
-    monkeypatch.setattr(packed, "unpack", keep)
+    monkeypatch.setattr(packed, "take", keep)
     closed = pickle.loads(stream)
-    assert "predict of <PackedModel" in repr(closed)
+    assert "predict of <PackedObject" in repr(closed)
     monkeypatch.undo()
     again = pickle.loads(pickle.dumps(closed))
     np.testing.assert_array_equal(again(zoo.X, verbose=0), model.predict(zoo.X, verbose=0))
@@ -55,7 +55,7 @@ def test_a_closed_model_hands_its_methods_on_closed(monkeypatch):
 
 
 def test_a_broken_model_raises_its_error_on_any_use():
-    broken = BrokenModel(DecodeError("model 'm': why"))
+    broken = BrokenObject(DecodeError("model 'm': why"))
     assert "model 'm': why" in repr(broken)
     for use in (
         lambda: broken.predict(1),

@@ -95,13 +95,13 @@ def test_register_and_unregister_are_idempotent():
         lambda: dask_serialize.dispatch(keras.Sequential),
         lambda: dask_deserialize.dispatch(keras.Sequential),
         lambda: dask.sizeof.sizeof.dispatch(keras.Sequential),
-        lambda: vars(keras.Model).get("__reduce_ex__"),
+        lambda: getattr(keras.Model, "__reduce_ex__", None),
         lambda: (Client.map, Client.scatter, Client.submit),
         lambda: families["error"],
     ]
     before = [slot() for slot in slots]
-    assert before[:2] == [handlers.serialize_keras_model, handlers.deserialize_keras_model]
-    assert before[3] is pickling.reduce_model
+    assert before[:2] == [handlers.serialize_keras, handlers.deserialize_keras]
+    assert before[3] is pickling.reduce_object
     dask_keras_serialize.register()
     dask_keras_serialize.register()
     assert [slot() for slot in slots] == before

@@ -15,7 +15,7 @@ from dask_keras_serialize.backends import tensorflow as backend
 from dask_keras_serialize.frames import ALIGNMENT
 from dask_keras_serialize.header import ITEMSIZE
 
-DTYPES = [np.dtype(getattr(ml_dtypes, name, name)) for name in ITEMSIZE]
+DTYPES = [np.dtype(getattr(ml_dtypes, name, name)) for name in ITEMSIZE if name != "string"]
 
 
 def at(offset, dtype="float32", count=1000):

@@ -8,6 +8,8 @@
     writeable array is given away, and may be used in place where that is safe.
 ``version()``
     The backend's version.
+``TENSORS``
+    Classes of the backend's own tensors that travel as parcels.
 ``SHELLS``, ``shell(cls)``, ``reduce(obj)``, ``drop(obj, state)``, ``mend(obj, state)``
     What the backend adds to Keras objects that pickle cannot take; used when a model
     goes by value.
@@ -41,6 +43,9 @@ class Backend(Protocol):
 
     def version(self) -> str:
         """Return the backend's version."""
+
+    #: Classes of tensors that pickle as parcels.
+    TENSORS: tuple[type, ...]
 
     #: Classes of the backend whose instances become shells when a model goes by value.
     SHELLS: tuple[type, ...]

@@ -44,6 +44,8 @@ def version() -> str:
     return str(jax.__version__)
 
 
+TENSORS: tuple[type, ...] = (type(jnp.zeros(())),)
+
 SHELLS: tuple[type, ...] = ()
 
 
@@ -52,8 +54,13 @@ def shell(cls: type) -> Any:
     raise TypeError(cls)
 
 
-def reduce(obj: Any) -> None:
-    """Leave every object to pickle."""
+def reduce(obj: Any) -> tuple[Any, ...] | None:
+    """Reduce an array past copyreg's table, where it is a parcel of its own."""
+    if not isinstance(obj, TENSORS):
+        return None
+    array: Any = obj
+    reduced: tuple[Any, ...] = array.__reduce__()
+    return reduced
 
 
 def drop(obj: Any, state: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from dask_keras_serialize.errors import EncodeError
 from dask_keras_serialize.frames import ALIGNMENT, allocate
 
 #: dtypes that have no buffer, nor a bitcast to one that has.
-_NO_BUFFER = frozenset(map(tf.as_dtype, ("float8_e4m3fn", "float8_e5m2")))
+_NO_BUFFER = frozenset(map(tf.as_dtype, ("float8_e4m3fn", "float8_e5m2", "string")))
 
 
 def view(variable: Any) -> Array:
@@ -76,7 +76,7 @@ def tensor(array: Array) -> tf.Tensor:
     ``tf.constant`` copies twice (``tensorflow/python/framework/constant_op.py``,
     ``convert_to_eager_tensor``), as it still does here for float8, which has no bitcast.
     """
-    if "float8" in array.dtype.name:
+    if "float8" in array.dtype.name or array.dtype == object:  # strings
         return tf.constant(array)
     if not array.flags.writeable or array.ctypes.data % ALIGNMENT or not array.flags.c_contiguous:
         own = allocate(array.nbytes)
@@ -94,6 +94,9 @@ def version() -> str:
     return str(tf.__version__)
 
 
+#: Tensors as users hold them.
+TENSORS = (type(tf.constant(0)),)
+
 #: Classes of TensorFlow's own that become shells beside Keras's, when by value.
 SHELLS = (ListWrapper,)
 
@@ -106,7 +109,10 @@ def shell(cls: type) -> Any:
 
 
 def reduce(obj: Any) -> tuple[Any, ...] | None:
-    """Reduce a _DictWrapper, a proxy pickle cannot take, to the dict it wraps."""
+    """Reduce a _DictWrapper, a proxy pickle cannot take, to the dict it wraps; a tensor."""
+    if isinstance(obj, TENSORS):  # past copyreg's table, where it is a parcel of its own
+        reduced: tuple[Any, ...] = obj.__reduce__()
+        return reduced
     if isinstance(obj, _DictWrapper):
         return dict, (), None, None, iter(obj.items())
     return None

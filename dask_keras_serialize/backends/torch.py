@@ -61,6 +61,9 @@ def version() -> str:
     return str(torch.__version__)
 
 
+#: None: torch and distributed pickle tensors themselves, out of band.
+TENSORS: tuple[type, ...] = ()
+
 SHELLS: tuple[type, ...] = ()
 
 

@@ -1,0 +1,75 @@
+"""What a worker holds in place of an object that it cannot open.
+
+Also, who asks: whether it is a worker, or a scheduler, that unpickles on this thread.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+from dask_keras_serialize.errors import DecodeError
+
+
+class BrokenObject:
+    """What a worker holds in place of an object that it could not open.
+
+    An exception while a worker reads a task would close its stream to the scheduler,
+    and the next worker's, and theirs after; while it reads or sends a value, leave the
+    task that needs it waiting forever. So the error waits here for the task that uses
+    the model, and fails that task alone.
+    """
+
+    def __init__(self, error: DecodeError) -> None:
+        self._error = error
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what Python and Dask ask of any object
+            raise AttributeError(name)
+        raise self._error
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise what opening the model raised."""
+        raise self._error
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return BrokenObject, (self._error,)  # as broken where it goes next
+
+    def __repr__(self) -> str:
+        return f"<BrokenObject: {self._error}>"
+
+    def _raise(self, *args: Any) -> Any:
+        raise self._error
+
+    __str__ = __bool__ = __iter__ = __len__ = __getitem__ = __contains__ = _raise
+
+
+def broken(error: DecodeError) -> BrokenObject:
+    """Return what a worker holds in place of an object; raise the error elsewhere."""
+    if _read_by_worker():
+        return BrokenObject(error)
+    raise error
+
+
+def caller(module: str, function: str) -> dict[str, Any] | None:
+    """Return the local variables of a function if it is what calls us on this thread.
+
+    In a LocalCluster client and scheduler share a process, so what tells them apart
+    is who calls: ``Scheduler.update_graph`` (``distributed/scheduler.py``) unpickles
+    graphs itself, in its coroutine.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == function and frame.f_globals.get("__name__") == module:
+            return frame.f_locals
+        frame = frame.f_back
+    return None
+
+
+def _read_by_worker() -> bool:
+    """Say whether a worker's comm is what unpickles (``distributed/comm/utils.py``)."""
+    worker = sys.modules.get("distributed.worker")
+    if worker is None or not worker.Worker._instances:
+        return False
+    return caller("distributed.comm.utils", "_from_frames") is not None
