@@ -116,6 +116,11 @@ def _place(node: Any) -> int:
 def _drop_keys(optimizer: Any, state: State) -> None:
     state.pop("_trainable_variables_indices", None)
     state.pop("_exclude_from_weight_decay_cache", None)
+    chosen = state.pop("_var_to_optimizer_idx", None)  # MultiOptimizer
+    if chosen is not None:
+        state["optimizer of each"] = [
+            chosen.get(optimizer._var_key(v)) for v in optimizer._trainable_variables
+        ]
     excluded = state.pop("_exclude_from_weight_decay", None)
     if excluded is not None:
         state["excluded variables"] = [
@@ -135,6 +140,13 @@ def _mend_keys(optimizer: Any, state: State) -> None:
     attributes["_trainable_variables_indices"] = {
         key(v): i for i, v in enumerate(optimizer._trainable_variables)
     }
+    chosen = attributes.pop("optimizer of each", None)
+    if chosen is not None:
+        attributes["_var_to_optimizer_idx"] = {
+            key(v): i
+            for v, i in zip(optimizer._trainable_variables, chosen, strict=True)
+            if i is not None
+        }
     if excluded is not None:
         attributes["_exclude_from_weight_decay"] = {key(v) for v in excluded}
         attributes["_exclude_from_weight_decay_cache"] = {}

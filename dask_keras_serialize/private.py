@@ -113,6 +113,11 @@ KERAS = {
         "keras/src/optimizers/base_optimizer.py",
         "nothing: it is derived",
     ),
+    "MultiOptimizer._var_to_optimizer_idx": (
+        "keras/src/optimizers/multi_optimizer.py",
+        "built ones fail by value",
+    ),
+    "TFSMLayer._reloaded_obj": ("keras/src/export/tfsm_layer.py", "such layers fail by value"),
     "seed_generator.python_random": (
         "keras/src/random/seed_generator.py",
         "a rebuild draws from Python's global random numbers",

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import weakref
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 from tensorflow.python.trackable.data_structures import ListWrapper, _DictWrapper
 
 from dask_keras_serialize.backends import Array
-from dask_keras_serialize.errors import EncodeError
+from dask_keras_serialize.errors import DecodeError, EncodeError
 from dask_keras_serialize.frames import ALIGNMENT, allocate
 
 #: dtypes that have no buffer, nor a bitcast to one that has.
@@ -122,6 +127,8 @@ def drop(obj: Any, state: _State) -> None:
     """Leave out of a state what TensorFlow can make again and pickle cannot take."""
     if isinstance(obj, ListWrapper):
         del state["_self_attribute_sentinel"]
+    if isinstance(obj, keras.layers.TFSMLayer):
+        _drop_saved_model(obj, state)
     wrapped = [name for name, value in state.items() if isinstance(value, _DictWrapper)]
     if wrapped:
         state[_WRAPPED] = wrapped
@@ -143,6 +150,8 @@ def drop(obj: Any, state: _State) -> None:
 
 def mend(obj: Any, state: _State) -> None:
     """Make again what :func:`drop` left out."""
+    if isinstance(obj, keras.layers.TFSMLayer):
+        _mend_saved_model(obj)
     if vars(obj).get("_distribution_strategy") == _DEFAULT:
         obj.__dict__["_distribution_strategy"] = _default_strategy()
     for name in vars(obj).pop(_WRAPPED, ()):
@@ -150,6 +159,47 @@ def mend(obj: Any, state: _State) -> None:
             tf.__internal__.tracking.AutoTrackable.__setattr__(obj, name, vars(obj).pop(name))
 
 
+def _drop_saved_model(layer: Any, state: _State) -> None:
+    """Send the files a TFSMLayer was loaded from (``keras/src/export/tfsm_layer.py``)."""
+    folder = Path(layer.filepath)
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    if not files:
+        raise EncodeError(
+            f"layer {layer.name!r} is a TFSMLayer whose SavedModel is no longer in {folder}: keep "
+            "the folder for as long as the layer is sent"
+        )
+    state[_SAVED_MODEL] = {
+        name: np.frombuffer(path.read_bytes(), np.uint8)
+        for name, path in files.items()
+        if path.is_file()
+    }
+    for name in _LOADED:
+        state.pop(name, None)
+
+
+def _mend_saved_model(layer: Any) -> None:
+    """Load the files from a folder that goes when the layer goes; give it its variables."""
+    folder = tempfile.mkdtemp(prefix="dask-keras-serialize-")
+    weakref.finalize(layer, shutil.rmtree, folder, ignore_errors=True)
+    for name, content in vars(layer).pop(_SAVED_MODEL).items():
+        path = Path(folder, *PurePosixPath(name).parts)
+        if not path.resolve().is_relative_to(Path(folder).resolve()):
+            raise DecodeError(f"layer {layer.name!r}: {name!r} lies outside its SavedModel")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.tobytes())
+    layer.__dict__["filepath"] = folder
+    loaded = keras.layers.TFSMLayer(folder, layer.call_endpoint, layer.call_training_endpoint)
+    for ours, theirs in zip(layer.variables, loaded.variables, strict=True):
+        theirs.assign(ours.value)
+        ours._value = theirs.value
+    for name in _LOADED:
+        if name in vars(loaded):
+            layer.__dict__[name] = vars(loaded)[name]
+
+
+#: What of a TFSMLayer holds functions of TensorFlow's.
+_LOADED = ("_reloaded_obj", "call_endpoint_fn", "call_training_endpoint_fn")
+_SAVED_MODEL = "files of the SavedModel"
 _DEPENDENCIES = "_self_unconditional_checkpoint_dependencies"
 _NAMES = "_self_unconditional_dependency_names"
 _WRAPPED = "wrapped by tensorflow"
