@@ -83,6 +83,8 @@ def attribute_lost(value: Any) -> str | None:
     ours: dict[str, Any] = vars(value)
     theirs: dict[str, Any] = vars(twin)
     for name in sorted(ours.keys() | theirs.keys()):
+        if name not in theirs and isinstance(ours[name], list) and not ours[name]:
+            continue  # slots that building makes, of which this kind has none
         if not name.startswith(_PROGRESS) and not _alike(ours.get(name), theirs.get(name), depth=4):
             return name
     return None

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
+from dask import config
 
 from dask_keras_serialize import (
     backends,
@@ -29,6 +30,7 @@ from dask_keras_serialize import (
 from dask_keras_serialize.errors import DecodeError, EncodeError, KerasSerializeError
 from dask_keras_serialize.frames import Frame
 from dask_keras_serialize.header import (
+    FORMAT,
     ITEMSIZE,
     STRING,
     Encoding,
@@ -215,8 +217,8 @@ def decode_parts(header: Header, parts: Sequence[Frame], links: Sequence[Rebuilt
     -------
     Rebuilt
     """
-    fingerprints.check(parts, header.frame_sizes, header.fingerprints, header.whole, header.owner)
     _check_environment(header)
+    fingerprints.check(parts, header.frame_sizes, header.fingerprints, header.whole, header.owner)
     values = Values(header, parts)
     try:
         locations = [frames.Location(*map(int, row)) for row in header.body["extras"]]
@@ -277,6 +279,12 @@ def _check_environment(header: Header) -> None:
         )
     if header.encoding == "config":
         return
+    if not config.get(f"{FORMAT}.by-value", True):
+        code = ", ".join(str(row[0]) for row in header.body.get("code", ()) if row) or "none"
+        raise DecodeError(
+            f"{header.owner}: it travels by value, which runs pickle, and the setting "
+            f"{FORMAT}.by-value forbids that here; code of its own that it names: {code}"
+        )
     ours = {"python": python_version(), "keras": keras.version()}
     for what, version in ours.items():
         theirs = header.versions.get(what, "an unknown version")

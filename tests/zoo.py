@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -307,6 +308,111 @@ def frequencies() -> keras.Model:
     return keras.Model(inputs, layers.Dense(2)(vectorize(inputs)))
 
 
+class Stateful(layers.Layer):
+    """Says itself how its variables and assets are saved, and would lose some of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = {"a": 1}
+        self.scale = self.add_weight(shape=(WIDTH,), initializer="ones", name="scale")
+
+    def call(self, x: Any) -> Any:
+        return x * self.scale * len(self.words)
+
+    def save_own_variables(self, store: Any) -> None:
+        store["halved"] = self.scale / 2
+
+    def load_own_variables(self, store: Any) -> None:
+        self.scale.assign(store["halved"])
+
+    def save_assets(self, folder: str) -> None:
+        raise AssertionError("by value it need not be asked")
+
+
+class Step(Subclassed):
+    """A train step of its own, and a constructor argument that Keras cannot serialize."""
+
+    def __init__(self, change: Callable[[Any], Any]) -> None:
+        super().__init__((4,))
+        self.change = change
+
+    def train_step(self, data: Any) -> Any:
+        x, y = data
+        return super().train_step((self.change(x), y))
+
+
+class Table(keras.Model):
+    """Strings among its variables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        words = np.array([["a", "é"], ["", "ccc"]])
+        self.table = keras.Variable(words, dtype="string", trainable=False)
+        self.dense = layers.Dense(2)
+
+    def call(self, x: Any) -> Any:
+        return self.dense(x)
+
+
+def quantized(mode: str) -> keras.Model:
+    model = keras.Sequential([keras.Input((WIDTH,)), layers.Dense(16), layers.Dense(3)])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Layer InputLayer does not have a `quantize`")
+        model.quantize(mode)
+    return model
+
+
+def with_lora() -> keras.Model:
+    model = mlp()
+    model.layers[0].enable_lora(2)
+    return trained(model)
+
+
+def accumulated() -> keras.Model:
+    optimizer = keras.optimizers.Adam(
+        gradient_accumulation_steps=3, use_ema=True, ema_overwrite_frequency=5, clipnorm=1.0
+    )
+    return trained(mlp(), optimizer=optimizer)
+
+
+def loss_scaled() -> keras.Model:
+    inner = keras.optimizers.SGD(0.1, momentum=0.9)
+    return trained(mlp(), optimizer=keras.optimizers.LossScaleOptimizer(inner))
+
+
+def by_closures() -> keras.Model:
+    factor = 3.0
+
+    def loss(y: Any, p: Any) -> Any:
+        return keras.ops.mean(keras.ops.square(y - p)) * factor
+
+    def metric(y: Any, p: Any) -> Any:
+        return keras.ops.max(p) * factor
+
+    return trained(mlp(1, None), loss, "binary", (metric,))
+
+
+def compiled_with(model: keras.Model, **arguments: Any) -> keras.Model:
+    loss = "sparse_categorical_crossentropy"
+    model.compile("rmsprop", loss, metrics=["accuracy"], **arguments)
+    model.fit(X, LABELS, batch_size=8, verbose=0)
+    return model
+
+
+def stateful() -> keras.Model:
+    inputs = keras.Input(batch_shape=(4, 3, 2))
+    model = keras.Model(inputs, layers.LSTM(3, stateful=True)(inputs))
+    model(np.ones((4, 3, 2), "float32"))
+    return model
+
+
+def augmented() -> keras.Model:
+    layer = layers.RandomFlip(seed=5)
+    model = keras.Sequential([keras.Input((4, 4, 3)), layer, layers.GaussianNoise(0.1)])
+    model(np.ones((2, 4, 4, 3), "float32"), training=True)  # draws from the seeds
+    return model
+
+
 #: How each travels, by name; the reason it goes by value is in fidelity's tests.
 BY_CONFIG: dict[str, Callable[[], keras.Model]] = {
     "sequential": mlp,
@@ -335,6 +441,14 @@ BY_CONFIG: dict[str, Callable[[], keras.Model]] = {
     "thawed": thawed,
     "trained under mixed_float16": lambda: made_under("mixed_float16"),
     "trained under bfloat16": lambda: made_under("bfloat16"),
+    "trained in accumulated steps": accumulated,
+    "augmented": augmented,
+    "unbuilt compiled": lambda: compiled(keras.Sequential([layers.Dense(3)])),
+    "trained eagerly": lambda: compiled_with(mlp(), run_eagerly=True),
+    "trained on a focal loss": lambda: trained(
+        mlp(), keras.losses.CategoricalFocalCrossentropy(gamma=3.0), "one-hot"
+    ),
+    "trained by XLA": lambda: compiled_with(mlp(), jit_compile=True, steps_per_execution=4),
     "with constraints": lambda: compiled(
         stack(kernel_constraint="max_norm", bias_regularizer="l2", activation="relu")
     ),
@@ -376,8 +490,29 @@ BY_VALUE: dict[str, Callable[[], keras.Model]] = {
     "words": lambda: words("int"),
     "word counts": lambda: words("count"),
     "document frequencies": frequencies,
+    "int8": lambda: quantized("int8"),
+    "int4": lambda: quantized("int4"),
+    "float8": lambda: quantized("float8"),
+    "stateful": stateful,
+    "saves itself": lambda: keras.Sequential([keras.Input((WIDTH,)), Stateful()]),
+    "strings": lambda: (model := Table(), model(X))[0],
+    "trained with LoRA": with_lora,
+    "trained with loss scaling": loss_scaled,
+    "trained by closures": by_closures,
+    "trained by a step of its own": lambda: trained(Step(lambda x: x * 2)),
+    "trained in fewer executions": lambda: compiled_with(Subclassed((4,)), steps_per_execution=2),
 }
 ALL = BY_CONFIG | BY_VALUE
+
+
+#: What a trained model's targets are, but for the usual.
+TARGET = {
+    "trained one-hot": "one-hot",
+    "trained on a focal loss": "one-hot",
+    "trained binary": "binary",
+    "trained by closures": "binary",
+    "trained two outputs": "two",
+}
 
 
 def build(name: str) -> keras.Model:
@@ -389,7 +524,7 @@ def inputs_for(model: keras.Model) -> Any:
     """Make a batch the model takes."""
     if isinstance(model, Words):
         return keras.ops.convert_to_tensor(["a b", "c e é"])
-    if not isinstance(model, Subclassed):
+    if not isinstance(model, (Subclassed, Table)):
         spec = model.inputs[0]
         if spec.dtype == "string":
             return keras.ops.convert_to_tensor(["a b", "c e é"])
@@ -430,4 +565,5 @@ def describe(variable: keras.Variable) -> tuple[Any, ...]:
 
 
 def to_bytes(variable: keras.Variable) -> bytes:
-    return np.asarray(keras.ops.convert_to_numpy(variable.value)).tobytes()
+    array = np.asarray(keras.ops.convert_to_numpy(variable.value))
+    return repr(array.tolist()).encode() if array.dtype == object else array.tobytes()
