@@ -9,6 +9,7 @@ which alone touches it; of TensorFlow, in its adapter.
 from __future__ import annotations
 
 import random
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,13 @@ TRACKED = tuple(
     for name in ("TrackedList", "TrackedDict", "TrackedOrderedDict", "TrackedSet")
 )
 
+
+def _public(module: str, pattern: str) -> list[type]:
+    """Find classes that not every version of Keras that we support has."""
+    found = vars(getattr(keras, module, None) or object).items()
+    return [cls for name, cls in found if re.fullmatch(pattern, name) and isinstance(cls, type)]
+
+
 #: What errors call an object, by the first of its bases found here: all that Keras's
 #: users hold. Layer and Model stand before KerasSaveable, the base of most.
 CITIZENS: dict[type, str] = {
@@ -61,6 +69,10 @@ CITIZENS: dict[type, str] = {
     keras.random.SeedGenerator: "seed generator",
     keras.callbacks.Callback: "callback",
     KerasSaveable: "operation",
+    **dict.fromkeys(_public("wrappers", "SKLearn.*"), "estimator"),
+    **dict.fromkeys(_public("optimizers", "OptimizerMap"), "optimizer map"),
+    **dict.fromkeys(_public("quantizers", "QuantizationConfig"), "quantization config"),
+    **dict.fromkeys(_public("distillation", ".*Distillation.*"), "distillation loss"),
 }
 
 #: Classes whose instances become shells when an object goes by value.

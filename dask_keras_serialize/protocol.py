@@ -113,16 +113,16 @@ def encode_parts(
     owner = private.describe(obj)
     name, backend = backends.current()
     encoding: Encoding = "value"
-    described: Description | str = ""
+    described: Description | None = None
     if links or seen:
         described = by_value.dump(obj, links=links, seen=seen)
-        if not described.links and not seen:
-            described = ""
-    if isinstance(described, str) and isinstance(obj, keras.Model):
-        encoding, described = "config", by_config.dump(obj)
-    if isinstance(described, str):
-        logger.debug("%s goes by value: %s", owner, described)
-        encoding, described = "value", by_value.dump(obj, for_token=for_token)
+    if isinstance(obj, keras.Model) and not seen and not (described and described.links):
+        by_its_config = by_config.dump(obj)
+        if isinstance(by_its_config, str):
+            logger.debug("%s goes by value: %s", owner, by_its_config)
+        else:
+            encoding, described = "config", by_its_config
+    described = described or by_value.dump(obj, for_token=for_token)
     body, variables, extras, parts, used = described
     for variable in variables:
         if variable.dtype not in ITEMSIZE:

@@ -1,10 +1,18 @@
+import bz2
 import copy
 import dataclasses
+import gzip
+import hashlib
+import lzma
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import cloudpickle
 import joblib
 import keras
+import numpy as np
 import pytest
 
 from tests import zoo
@@ -37,8 +45,6 @@ def test_large_variables_go_out_of_band_uncopied():
 
 
 def address(view):
-    import numpy as np
-
     return np.asarray(view).ctypes.data
 
 
@@ -92,3 +98,150 @@ def test_a_later_patch_of_reduce_does_not_take_our_place(monkeypatch):
     monkeypatch.setattr(keras.Model, "__reduce__", None, raising=False)
     model = zoo.build("sequential")
     zoo.assert_same(model, pickle.loads(pickle.dumps(model)))
+
+
+def test_a_mapped_file_is_not_read_nor_written(tmp_path):
+    model = keras.Sequential([keras.Input((256,)), keras.layers.Dense(4096), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    joblib.dump({"model": model}, tmp_path / "file")
+    digest = hashlib.sha256((tmp_path / "file").read_bytes()).hexdigest()
+    for mode in ("r", "r+", "c"):
+        replica = joblib.load(tmp_path / "file", mmap_mode=mode)["model"]
+        kernel = memoryview(replica.layers[0].kernel.value.value())
+        assert lies_in_file(address(kernel), tmp_path / "file")
+        zoo.assert_same(model, replica)
+        x = np.ones((8, 256), "float32")
+        replica.fit(x, np.ones(8), verbose=0)
+        assert zoo.to_bytes(replica.layers[0].kernel) != zoo.to_bytes(model.layers[0].kernel)
+        assert hashlib.sha256((tmp_path / "file").read_bytes()).hexdigest() == digest
+    assert not lies_in_file(
+        address(memoryview(joblib.load(tmp_path / "file")["model"].layers[0].kernel.value.value())),
+        tmp_path / "file",
+    )
+
+
+def lies_in_file(where, path):
+    """Say whether an address of this process is of a page of a file."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(number, 16) for number in line.split()[0].split("-"))
+        if start <= where < end:
+            return line.endswith(str(path))
+    return False
+
+
+@pytest.mark.parametrize("opener", [gzip.open, bz2.open, lzma.open])
+def test_in_compressed_files(opener, tmp_path):
+    model = zoo.build("trained")
+    with opener(tmp_path / "file", "wb") as file:
+        pickle.dump(model, file)
+    with opener(tmp_path / "file", "rb") as file:
+        zoo.assert_same(model, pickle.load(file))
+
+
+@pytest.mark.parametrize("compress", [("gzip", 3), ("bz2", 3), ("lzma", 3), ("xz", 3), True])
+def test_joblib_compresses_the_weights(compress, tmp_path):
+    model = keras.Sequential([keras.Input((256,)), keras.layers.Dense(512, "relu", False, "zeros")])
+    joblib.dump(model, tmp_path / "file", compress=compress)
+    assert (tmp_path / "file").stat().st_size < 20_000
+    zoo.assert_same(model, joblib.load(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("name", ["trained", "trained subclassed", "nested", "adapted"])
+def test_a_shallow_copy_shares_the_parts(name):
+    model = zoo.build(name)
+    twin = copy.copy(model)
+    assert type(twin) is type(model)
+    assert twin is not model
+    assert all(a is b for a, b in zip(twin.variables, model.variables, strict=True))
+    twin.note = 1
+    assert not hasattr(model, "note")
+    if model.compiled:
+        twin.fit(zoo.X, zoo.LABELS, verbose=0)  # through its own traced function
+        assert twin.train_function is not model.train_function
+    for a, b in zip(*(zoo.predictions(each, zoo.X) for each in (model, twin)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_what_is_added_to_a_shallow_copy_is_its_own():
+    model = zoo.Subclassed((4,))
+    twin = copy.copy(model)
+    twin.extra = keras.layers.Dense(2)
+    assert not hasattr(model, "extra")
+    assert len(twin.layers) == len(model.layers) + 1
+
+
+def test_shallow_copies_of_other_objects():
+    for obj in (
+        zoo.build("trained").optimizer,
+        keras.metrics.Mean(),
+        keras.losses.Huber(delta=2.0),
+        keras.initializers.Constant(3.0),
+        keras.Variable([1.0]),
+        keras.callbacks.History(),
+    ):
+        twin = copy.copy(obj)
+        assert twin is not obj
+        assert type(twin) is type(obj)
+        ours, theirs = (getattr(each, "variables", ()) for each in (obj, twin))
+        assert all(a is b for a, b in zip(ours, theirs, strict=True))
+
+
+def test_tensors_are_values_too():
+    import tensorflow as tf
+
+    tensor = tf.constant([[1.0, 2.0]])
+    for dtype in ("float32", "bfloat16", "bool", "int64"):
+        value = tf.cast(tensor, dtype)
+        for twin in (pickle.loads(pickle.dumps(value)), copy.deepcopy([value])[0]):
+            assert twin.dtype == value.dtype
+            assert bool(tf.reduce_all(twin == value))
+    assert b"dask_keras_serialize" in pickle.dumps(tensor)  # a scheduler need not open it
+
+
+SCIKERAS = """
+import dask_keras_serialize
+{first}
+import keras, pickle, copy
+{last}
+import numpy as np
+from scikeras.wrappers import KerasClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+def build():
+    layers = keras.layers
+    return keras.Sequential([keras.Input((4,)), layers.Dropout(0.5), layers.Dense(2, "softmax")])
+
+x, y = np.random.default_rng(0).normal(size=(32, 4)), np.arange(32) % 2
+loss = "sparse_categorical_crossentropy"
+pipeline = make_pipeline(StandardScaler(), KerasClassifier(build, loss=loss, verbose=0))
+pipeline.fit(x, y)
+stream = pickle.dumps(pipeline)
+assert b"dask_keras_serialize" in stream and b"scikeras._saving_utils" not in stream
+for twin in (pickle.loads(stream), copy.deepcopy(pipeline)):
+    np.testing.assert_array_equal(twin.predict_proba(x), pipeline.predict_proba(x))
+    ours, theirs = pipeline[-1].model_, twin[-1].model_
+    assert ours is not theirs
+    for a, b in zip(ours.variables, theirs.variables, strict=True):  # seeds, which it loses
+        assert a.numpy().tobytes() == b.numpy().tobytes(), a.path
+    assert theirs.optimizer.iterations == ours.optimizer.iterations > 0
+    assert twin[-1].history_ == pipeline[-1].history_
+assert pickle.dumps(keras.losses.Huber(delta=3.0)).count(b"dask_keras_serialize")
+dask_keras_serialize.unregister()
+assert "scikeras" in pickle.dumps(pipeline[-1].model_).decode("latin1")
+"""
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+def test_scikeras_in_either_order(order, tmp_path):
+    """It replaces __reduce__ and __deepcopy__ of keras.Model when it is imported."""
+    lines = {"first": "", "last": ""} | {order: "import scikeras.wrappers"}
+    (tmp_path / "script.py").write_text(SCIKERAS.format(**lines))
+    run_script(tmp_path / "script.py")
+
+
+def run_script(path, *arguments):
+    command = [sys.executable, str(path), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
