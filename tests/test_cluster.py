@@ -111,6 +111,69 @@ def test_models_anywhere_inside_a_value(client):
     assert back.model is back.twin
 
 
+def lone_objects():
+    model = zoo.build("trained")
+    early = keras.callbacks.EarlyStopping(patience=3)
+    early.set_model(model)
+    early.on_train_begin()
+    early.best_weights = model.get_weights()
+    return {
+        "layer": model.layers[0],
+        "optimizer": model.optimizer,
+        "metric": model.metrics[0],
+        "loss": keras.losses.Huber(delta=3.0),
+        "custom loss": shipped(type("Mine", (keras.Loss,), {"call": lambda self, y, p: y - p}))(),
+        "initializer": keras.initializers.Orthogonal(gain=2.0, seed=1),
+        "schedule": keras.optimizers.schedules.CosineDecay(0.1, 10),
+        "policy": keras.DTypePolicy("mixed_float16"),
+        "seed": keras.random.SeedGenerator(5),
+        "variable": keras.Variable([1.0, 2.0], name="v"),
+        "callback": early,
+        "tensor": keras.ops.convert_to_tensor([1.0, 2.0]),
+    }
+
+
+@shipped
+def identity(value):
+    return value
+
+
+def test_objects_that_are_no_models(client):
+    """Past a scheduler without Keras: in a graph, scattered, and as a result."""
+    for name, obj in lone_objects().items():
+        for value in (obj, [obj, 1], {"deep": (obj, "it")}):
+            arrived = client.submit(identity, value, pure=False).result()
+            again = client.submit(identity, client.scatter(value), pure=False).result()
+            for each in (arrived, again):
+                while isinstance(each, (list, tuple, dict)):
+                    each = each["deep"] if isinstance(each, dict) else each[0]
+                assert type(each).__qualname__ == type(obj).__qualname__, name
+                assert weights_of(each) == weights_of(obj), name
+                if hasattr(obj, "get_config"):
+                    assert each.get_config() == obj.get_config(), name
+    assert not client.run_on_scheduler(lambda: "keras" in __import__("sys").modules)
+
+
+def weights_of(obj):
+    variables = getattr(obj, "variables", [obj] if isinstance(obj, keras.Variable) else [])
+    return [zoo.to_bytes(variable) for variable in variables]
+
+
+def test_what_objects_share_survives_the_cluster(client):
+    generator, judge = zoo.mlp(zoo.WIDTH, None), zoo.mlp()
+    both = keras.Sequential([keras.Input((zoo.WIDTH,)), generator, judge])
+    value = {"generator": generator, "judge": judge, "both": both}
+
+    def check(value):
+        shared = value["both"].layers == [value["generator"], value["judge"]]
+        return value if shared else "apart"
+
+    for sent in (value, client.scatter([value])[0]):
+        arrived = client.submit(check, sent).result()
+        assert arrived["both"].layers == [arrived["generator"], arrived["judge"]]
+        zoo.assert_same(both, arrived["both"])
+
+
 def test_a_model_crosses_once_per_worker_and_is_one_replica_there(client):
     """1,000 chunks, of a model of a few kilobytes."""
 

@@ -13,12 +13,15 @@ from distributed.comm import tcp
 from distributed.comm import utils as comm_utils
 from distributed.protocol.serialize import dask_loads, families
 from distributed.scheduler import Scheduler
+from joblib import numpy_pickle
 from keras.src.random import seed_generator
 
 from dask_keras_serialize import by_value, private, registration
 from dask_keras_serialize.errors import EncodeError
 from dask_keras_serialize.protocol import encode
 from tests import zoo
+from tests.catalogue import CITIZENS
+from tests.routes import make
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +55,10 @@ FOUND = {
     "Optimizer._learning_rate": lambda m: m.optimizer._learning_rate,
     "Optimizer._var_key": lambda m: m.optimizer._var_key(m.trainable_variables[0]),
     "Optimizer._trainable_variables_indices": lambda m: m.optimizer._trainable_variables_indices,
+    "MultiOptimizer._var_to_optimizer_idx": lambda m: (
+        make(CITIZENS["optimizers.MultiOptimizer"])._var_to_optimizer_idx
+    ),
+    "TFSMLayer._reloaded_obj": lambda m: make(CITIZENS["layers.TFSMLayer"])._reloaded_obj,
     "seed_generator.python_random": lambda m: seed_generator.python_random.randint,
     "IndexLookup.lookup_table": lambda m: keras.layers.StringLookup(vocabulary=["a"]).lookup_table,
     "KerasSaveable": lambda m: issubclass(keras.Layer, private.KerasSaveable) or None,
@@ -131,6 +138,21 @@ def registration_undone():
         yield
     finally:
         registration.register()
+
+
+def test_joblib():
+    with registration_undone():
+        wrapper = numpy_pickle.NumpyArrayWrapper
+        assert inspect.signature(wrapper).parameters["numpy_array_alignment_bytes"].default == 16
+        assert wrapper.__init__.__defaults__[-1] == 16
+    assert numpy_pickle.NumpyArrayWrapper(None, None, None, None).numpy_array_alignment_bytes == 64
+
+
+def test_collections():
+    """distributed takes lists and dicts apart, and calls itself by its module's name."""
+    source = inspect.getsource(protocol.serialize.__wrapped__)
+    assert source.count(" serialize(") >= 3, "cluster.serialize_together"
+    assert "iterate_collection" in inspect.signature(protocol.serialize).parameters
 
 
 def test_cloudpickle():
