@@ -13,9 +13,9 @@ FLOORS = [
     {"plugin"},
     {"registration"},
     {"cluster", "handlers"},
-    {"pickling"},
+    {"pickling", "inside"},
     {"packed", "copying"},
-    {"protocol", "broken", "views"},
+    {"protocol", "broken", "views", "mapped"},
     {"by_config", "by_value"},
     {"fidelity", "rebuild", "shells", "mending"},
     {"private", "likeness", "parts", "blame"},
@@ -30,7 +30,7 @@ FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in flo
 
 
 #: Modules below the picklers that a scheduler, or who only looks, loads.
-WITHOUT_KERAS = {"packed", "views", "header", "frames", "errors"}
+WITHOUT_KERAS = {"inside", "packed", "views", "mapped", "header", "frames", "errors"}
 
 
 def modules():
