@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "dask_keras_serialize"
 #: Modules from the top of the house down: each imports only what stands below it.
 FLOORS = [
     {"__init__"},
-    {"plugin"},
+    {"plugin", "cli"},
     {"registration"},
     {"cluster", "handlers"},
     {"pickling", "inside"},
