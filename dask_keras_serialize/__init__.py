@@ -30,6 +30,8 @@ __all__ = [
     "PackedObject",
     "Parcel",
     "RegisterKeras",
+    "inspect",
+    "pack",
     "register",
     "registered",
     "unregister",
@@ -37,10 +39,19 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name == "RegisterKeras":  # imports distributed, which a plain pickle does not need
+    # distributed and Keras, which a plain pickle and a scheduler do not need
+    if name == "RegisterKeras":
         from dask_keras_serialize.plugin import RegisterKeras
 
         return RegisterKeras
+    if name == "inspect":
+        from dask_keras_serialize.inside import inspect
+
+        return inspect
+    if name == "pack":
+        from dask_keras_serialize.pickling import pack
+
+        return pack
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -80,7 +80,11 @@ def dump(
             f"keras {keras.version()} is too new for ({', '.join(MISSING)} is gone): use an "
             "older one, or update this package"
         )
-    return _Dump(root, for_token, links, seen).run()
+    sending = _Dump(root, for_token, links, seen)
+    try:
+        return sending.run()
+    finally:
+        del sending.pickler  # they hold each other, and what others may then link to
 
 
 def load(

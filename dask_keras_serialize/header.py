@@ -127,6 +127,11 @@ class Header:
         """Bytes of all frames."""
         return sum(self.frame_sizes)
 
+    @property
+    def code(self) -> tuple[tuple[str, str], ...]:
+        """Names of code that is not Keras's own, each with "reference" or "value"."""
+        return tuple((str(name), str(how)) for name, how in self.body.get("code", ()))
+
     def with_frames(self, frames: Sequence[Frame]) -> Header:
         """Return this header with the frames it describes."""
         marks, whole = fingerprints(frames)
@@ -184,6 +189,7 @@ class Header:
             )
         try:
             header = cls._read(wire)
+            header.code  # noqa: B018  raises if it is malformed
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             if isinstance(error, DecodeError):
                 raise

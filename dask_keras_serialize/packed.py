@@ -7,16 +7,18 @@ the object opens it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dask_keras_serialize import views
 from dask_keras_serialize.broken import BrokenObject, broken, caller
 from dask_keras_serialize.errors import DecodeError, MissingPackageError
 from dask_keras_serialize.frames import Frame, as_frames, own_mapping
-from dask_keras_serialize.header import FORMAT, Header
+from dask_keras_serialize.header import FORMAT, Header, VariableEntry
 
 if TYPE_CHECKING:
     from dask_keras_serialize.parts import Key, Rebuilt
@@ -57,6 +59,37 @@ class Parcel:
     def nbytes(self) -> int:
         """Bytes of header and frames."""
         return len(self._packed_header) + sum(frame.nbytes for frame in self.frames)
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """What the object is made from, a new dict at each call; None if it went by value.
+
+        Raises
+        ------
+        DecodeError
+            If it is not JSON.
+        """
+        if self.header.encoding != "config":
+            return None
+        try:
+            return dict(json.loads(self.header.body["config"]))
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise DecodeError(f"{self.header.owner}: its config is no JSON: {error!r}") from None
+
+    @property
+    def variables(self) -> tuple[VariableEntry, ...]:
+        """The table of variables."""
+        return self.header.variables
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of python, keras, the backend and this package, at the sender."""
+        return dict(self.header.versions)
+
+    @property
+    def code(self) -> tuple[tuple[str, str], ...]:
+        """Names of code that is not Keras's own, each with "reference" or "value"."""
+        return self.header.code
 
     def open(self) -> Any:
         """Rebuild the object; imports Keras. Each call makes a new one.
@@ -107,10 +140,10 @@ class Parcel:
         return FORMAT, normalize_token([self._packed_header, *arrays, *self.links])
 
     def __repr__(self) -> str:
-        return (
-            f"<Parcel of {self.header.owner}, "
-            f"{len(self.header.variables)} variables, {self.nbytes} bytes>"
-        )
+        return f"<Parcel of {views.summary(self.header)}>"
+
+    def _repr_html_(self) -> str:
+        return views.html(self.header)
 
 
 class PackedObject:
@@ -132,7 +165,8 @@ class PackedObject:
         return self.parcel.rebuild({}).part(self.key)
 
     def __getattr__(self, name: str) -> PackedAttribute:
-        if name.startswith("__"):  # what Python and Dask ask of any object
+        # what Python, Dask and notebooks ask of any object
+        if name.startswith(("__", "_repr_", "_ipython_")):
             raise AttributeError(name)
         return PackedAttribute(self, name)
 
@@ -146,7 +180,11 @@ class PackedObject:
         return *self.parcel.__dask_tokenize__(), self.key
 
     def __repr__(self) -> str:
-        return f"<PackedObject {self.key or ''} of {self.parcel!r}>"
+        part = "" if self.key is None else f" {self.key}"
+        return f"<PackedObject{part} of {views.summary(self.parcel.header)}>"
+
+    def _repr_html_(self) -> str:
+        return self.parcel._repr_html_()
 
 
 class PackedAttribute:

@@ -1,14 +1,17 @@
+import dataclasses
+import json
 import pickle
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from dask.base import tokenize
 from dask.sizeof import sizeof
 
-from dask_keras_serialize import packed
+from dask_keras_serialize import packed, views
 from dask_keras_serialize.broken import BrokenObject
 from dask_keras_serialize.errors import DecodeError, MissingPackageError
-from dask_keras_serialize.packed import PackedObject
+from dask_keras_serialize.packed import PackedObject, Parcel
 from dask_keras_serialize.pickling import pack
 from tests import zoo
 
@@ -31,6 +34,103 @@ def test_it_pickles_again_to_the_same_bytes_without_touching_them():
     assert again.header == parcel.header
     assert tokenize(again) == tokenize(parcel)
     assert sizeof(PackedObject(again)) >= again.nbytes == parcel.nbytes
+
+
+def test_what_is_inside_can_be_read():
+    parcel = pack(zoo.build("trained"))
+    assert parcel.config["model"] == json.loads(parcel.header.body["config"])["model"]
+    parcel.config.clear()  # a dict of the caller's own
+    assert parcel.config
+    assert parcel.variables is parcel.header.variables
+    assert parcel.versions == parcel.header.versions
+    assert parcel.code == ()
+    by_value = pack(zoo.build("trained subclassed"))
+    assert by_value.config is None
+    assert ("tests.zoo.Subclassed", "reference") in by_value.code
+    with pytest.raises(AttributeError):
+        parcel.config = {}
+
+
+def lying(parcel, **changes):
+    header = dataclasses.replace(parcel.header, **changes)
+    return Parcel(header.to_bytes(), parcel.frames)
+
+
+def test_a_config_or_code_that_is_none():
+    parcel = pack(zoo.build("trained"))
+    for text in ("{", "[1]", "[" * 100_000, 5, None):
+        with pytest.raises(DecodeError, match="its config is no JSON"):
+            _ = lying(parcel, body={"config": text}).config
+    for code in (5, [5], [["a"]], [["a", "b", "c"]]):
+        with pytest.raises(DecodeError, match="malformed"):
+            lying(parcel, body={"code": code})
+
+
+def test_its_line_says_what_matters():
+    parcel = pack(zoo.build("trained subclassed"))
+    line = repr(parcel)
+    assert line == repr(PackedObject(parcel)).replace("PackedObject", "Parcel")
+    for part in (parcel.header.owner, "by value", "tensorflow", "19 variables, 2.33 kiB"):
+        assert part in line
+    assert "code: Loss.__new__, zoo.Subclassed>" in line
+    assert "PackedObject ('layer', 1) of model" in repr(PackedObject(parcel, ("layer", 1)))
+    many = lying(parcel, body={"code": [[f"mod.f{i}", "value"] for i in range(9)]})
+    assert "code: mod.f0, mod.f1, mod.f2 and 6 more>" in repr(many)
+
+
+class Tags(HTMLParser):
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.texts, self.open = [], [], []
+        self.feed(html)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        assert not attrs
+        self.tags.append(tag)
+        self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+EVIL = "<script>alert('1')</script>&\"\n\x1b[2J\u202e" + "x" * 10_000
+
+
+def test_its_html_shows_the_table_and_no_markup_of_others():
+    parcel = pack(zoo.build("trained"))
+    plain = Tags(parcel._repr_html_())
+    assert {"(8, 16)", "float32", "512", parcel.variables[0].path} <= set(plain.texts)
+    assert "... 7 more" in plain.texts
+    assert PackedObject(parcel)._repr_html_() == parcel._repr_html_()
+    evil = lying(
+        parcel,
+        owner=EVIL,
+        backend=EVIL,
+        versions={EVIL: EVIL},
+        body={"code": [[EVIL, EVIL]] * 100},
+        variables=tuple(dataclasses.replace(v, path=EVIL) for v in parcel.variables),
+    )
+    shown = Tags(evil._repr_html_())
+    assert set(shown.tags) == set(plain.tags)
+    assert any("<script>" in each for each in shown.texts)
+    for view in (repr(evil), views.text(evil.header), evil._repr_html_()):
+        assert view.replace("\n", "").isprintable()
+        assert len(max(view.split(), key=len)) < 10_000
+    assert "\n" not in repr(evil)
+    assert len(views.text(evil.header).splitlines()) == len(parcel.variables) + 9
+    assert len(evil._repr_html_()) < 40_000
+
+
+def test_a_closed_model_has_no_notebook_views_but_its_own():
+    """IPython asks a canary first, and shows nothing of what answers to any name."""
+    closed = PackedObject(pack(zoo.build("trained")))
+    for name in ("_ipython_canary_method_should_not_exist_", "_repr_png_", "_ipython_display_"):
+        assert not hasattr(closed, name)
+    assert "<table>" in closed._repr_html_()
 
 
 def keep(parcel, key):

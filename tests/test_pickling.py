@@ -1,6 +1,7 @@
 import bz2
 import copy
 import dataclasses
+import gc
 import gzip
 import hashlib
 import lzma
@@ -33,6 +34,18 @@ def test_out_of_band(name):
     assert zoo.to_bytes(model.variables[0])[:64] not in stream
     assert all(buffer.raw().readonly for buffer in buffers)
     zoo.assert_same(model, pickle.loads(stream, buffers=buffers))
+
+
+def test_a_pickle_leaves_nothing_alive_for_the_next_to_refer_to():
+    first, second = zoo.build("trained"), zoo.build("trained subclassed")
+    gc.collect()
+    gc.disable()
+    try:
+        alone = len(pickle.dumps(first))
+        pickle.dumps([first, second])
+        assert len(pickle.dumps(first)) == alone
+    finally:
+        gc.enable()
 
 
 def test_large_variables_go_out_of_band_uncopied():
