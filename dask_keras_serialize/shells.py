@@ -100,7 +100,9 @@ class ShellPickler(cloudpickle.Pickler):  # type: ignore[misc]
         return reduced
 
     def _note(self, code: Any, how: str) -> None:
-        if str(code.__module__).partition(".")[0] not in _EVERYWHERE:
+        module = str(code.__module__).partition(".")[0]
+        # a namedtuple's __new__ is of a module of that name
+        if module not in _EVERYWHERE and not module.startswith("namedtuple_"):
             self.code[private.full_name(code)] = how
 
 

@@ -1,7 +1,6 @@
 """What objects share within one pickle they share when they arrive; nothing else."""
 
 import copy
-import gc
 import io
 import pickle
 import tempfile
@@ -44,7 +43,6 @@ WAYS = {
 @pytest.fixture(params=WAYS)
 def send(request):
     yield WAYS[request.param]
-    gc.collect()
     assert pickling._alive().count == 0, "a parcel outlives its pickle"
 
 
