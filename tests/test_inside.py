@@ -463,8 +463,9 @@ def test_the_command(config, value, tmp_path):
     assert plain.exit_code == 0
     assert f"model '{config.name}' (keras.src.models.sequential.Sequential)" in plain.output
     lines = plain.output.splitlines()
-    row = next(line for line in lines if f"{config.name}/dense/kernel" in line)
-    assert row.split() == [f"{config.name}/dense/kernel", "(8,", "16)", "float32", "512"]
+    kernel = config.variables[0].path
+    row = next(line for line in lines if kernel in line)
+    assert row.split() == [kernel, "(8,", "16)", "float32", "512"]
     assert len({len(line) for line in lines if "float32" in line and config.name in line}) == 1
     first, second = json.loads(run(file, "--json").output)
     assert {first["name"], second["name"]} == {config.name, "net"}
