@@ -21,7 +21,7 @@ export KERAS_BACKEND ?= $(patsubst tensorflow%,tensorflow,$(BACKEND_EXTRA))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-long lint format bench build clean
+.PHONY: help install demo test test-long lint format bench fidelity build clean
 
 help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ format: $(INSTALLED) ## mend what ruff can mend
 
 bench: $(INSTALLED) ## measure against Keras's pickle, ten minutes; fills in README.md
 	$(BIN)/python benchmarks/serialize.py
+
+fidelity: $(INSTALLED) ## compare every object after every route, and Keras's pickle; fills in docs/fidelity.md
+	PYTHONPATH=. $(BIN)/python benchmarks/fidelity.py
 
 build: $(INSTALLED) ## make dist/*.tar.gz and dist/*.whl
 	$(BIN)/python -m build
