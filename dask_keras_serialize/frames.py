@@ -59,7 +59,9 @@ def as_frame(array: npt.NDArray[np.generic]) -> Frame:
     Copies: none for a C-contiguous array, else one.
     """
     # view(u1), not memoryview(array): the buffer protocol has no letter for bfloat16
-    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    # and of the class it is: a backend may know its own views again
+    whole = array if array.flags.c_contiguous else np.ascontiguousarray(array)
+    flat = whole.reshape(-1).view(np.uint8)
     return flat.data.toreadonly()
 
 

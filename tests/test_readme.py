@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests import zoo
+from tests.catalogue import CITIZENS
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -47,3 +49,13 @@ def test_it_names_every_module():
     for path in (ROOT / "dask_keras_serialize").glob("*.py"):
         if path.name not in ("__init__.py", "plugin.py"):
             assert path.name in README, path.name
+
+
+def test_its_counts_are_those_of_the_comparison():
+    """Fails when the catalogue grows and ``make fidelity`` has not been run again."""
+    text = (ROOT / "docs" / "fidelity.md").read_text()
+    (total,) = re.findall(r"\| \*\*all\*\* \|(.*)\|", text)
+    objects, *ours, keras = (int(cell.strip(" *")) for cell in total.split("|"))
+    assert objects == len(CITIZENS) + len(zoo.ALL)
+    assert set(ours) == {objects}
+    assert f"{keras} of {objects} objects arrive by it" in " ".join(README.split())

@@ -1,6 +1,7 @@
 """TensorFlow's adapter: what it views, what it adopts, what it must never write to."""
 
 import asyncio
+import copy
 
 import keras
 import ml_dtypes
@@ -14,6 +15,7 @@ from dask_keras_serialize import frames
 from dask_keras_serialize.backends import tensorflow as backend
 from dask_keras_serialize.frames import ALIGNMENT
 from dask_keras_serialize.header import ITEMSIZE
+from tests.zoo import to_bytes
 
 DTYPES = [np.dtype(getattr(ml_dtypes, name, name)) for name in ITEMSIZE if name != "string"]
 
@@ -133,3 +135,32 @@ async def over_tcp(value):
         message = await received
         await comm.close()
         return message["value"]
+
+
+WRITES = {
+    "assign": lambda w: w.assign(w * 2 + 1),
+    "assign_add": lambda w: w.assign_add(tf.ones_like(w)),
+    "assign_sub": lambda w: w.assign_sub(tf.ones_like(w)),
+    "slice": lambda w: w[0].assign(w[0] + 5),
+    "scatter_nd": lambda w: w.scatter_nd_update([[0, 0]], tf.cast([99.0], w.dtype)),
+    "scatter": lambda w: w.scatter_add(tf.IndexedSlices(tf.ones_like(w[:1]), [3])),
+    "xla": lambda w: tf.function(lambda: w.assign_add(tf.ones_like(w)), jit_compile=True)(),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("first", [True, False], ids=["the model", "its copy"])
+def test_a_deepcopy_shares_memory_until_one_of_the_two_is_written_to(dtype, write, first):
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(1024, dtype=dtype)])
+    before = to_bytes(model.layers[0].kernel)
+    twin = copy.deepcopy(model)
+    kernels = [each.layers[0].kernel for each in (model, twin)]
+    assert address(kernels[0]) == address(kernels[1])
+    written, other = kernels if first else kernels[::-1]
+    for _ in range(2):
+        WRITES[write](written.value)
+        assert to_bytes(written) != before
+        assert to_bytes(other) == before
+    del model, twin, written
+    assert to_bytes(other) == before

@@ -48,13 +48,23 @@ def view(variable: Any) -> Array:
     dtype = tensor.dtype
     if dtype in _NO_BUFFER or not tensor.device.endswith("CPU:0"):
         array: Array = tensor.numpy()
-    elif dtype == tf.bfloat16:
-        # the buffer protocol has no letter for it; a bitcast shares the memory
-        array = np.asarray(memoryview(tf.bitcast(tensor, tf.uint16))).view(dtype.as_numpy_dtype)
     else:
-        array = np.asarray(memoryview(tensor))
+        # the buffer protocol has no letter for bfloat16; a bitcast shares the memory
+        source = tf.bitcast(tensor, tf.uint16) if dtype == tf.bfloat16 else tensor
+        known = np.asarray(memoryview(source)).view(dtype.as_numpy_dtype).view(_View)
+        known.tensor = tensor
+        array = known
     array.flags.writeable = False
     return array
+
+
+class _View(np.ndarray[Any, np.dtype[Any]]):
+    """A tensor's memory, and, through reshapes, the tensor."""
+
+    tensor: tf.Tensor | None
+
+    def __array_finalize__(self, obj: Any) -> None:
+        self.tensor = getattr(obj, "tensor", None)
 
 
 def tensor(array: Array) -> tf.Tensor:
@@ -75,12 +85,16 @@ def tensor(array: Array) -> tf.Tensor:
 
     Notes
     -----
-    Copies: none of a writeable array that is aligned as TensorFlow wants it, which it
-    adopts by DLPack; else one, into memory that is. What is not aligned would abort the
-    process on first use; what is read-only numpy does not export.
+    Copies: none of a view of a tensor of this process, which is that tensor: nobody writes
+    to its memory while it lives. None of a writeable array that is aligned as TensorFlow
+    wants it, which it adopts by DLPack; else one, into memory that is. What is not aligned
+    would abort the process on first use; what is read-only numpy does not export.
     ``tf.constant`` copies twice (``tensorflow/python/framework/constant_op.py``,
     ``convert_to_eager_tensor``), as it still does here for float8, which has no bitcast.
     """
+    behind = _tensor_behind(array)
+    if behind is not None:
+        return behind
     if "float8" in array.dtype.name or array.dtype == object:  # strings
         return tf.constant(array)
     if not array.flags.writeable or array.ctypes.data % ALIGNMENT or not array.flags.c_contiguous:
@@ -92,6 +106,17 @@ def tensor(array: Array) -> tf.Tensor:
         return tf.bitcast(tf.experimental.dlpack.from_dlpack(bits.__dlpack__()), tf.bfloat16)
     typed: Any = array
     return tf.experimental.dlpack.from_dlpack(typed.__dlpack__())
+
+
+def _tensor_behind(array: Array) -> tf.Tensor | None:
+    """Return the tensor whose memory, all of it, :func:`view` gave as this array."""
+    base: Any = array
+    while isinstance(base, (np.ndarray, memoryview)) and not isinstance(base, _View):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
+    tensor = getattr(base, "tensor", None)
+    if tensor is None or base.nbytes != array.nbytes or tensor.dtype != array.dtype:
+        return None
+    return tf.reshape(tensor, array.shape)
 
 
 def version() -> str:
