@@ -28,7 +28,14 @@ from dask_keras_serialize.parts import Description, Key, Rebuilt
 from dask_keras_serialize.rebuild import Values, assign_rest, rebuilding, values_at_creation
 
 #: What the trainer lets a user change after ``compile``.
-_TRAINER_ATTRIBUTES = ("run_eagerly", "jit_compile", "steps_per_execution", "stop_training")
+_TRAINER_ATTRIBUTES = (
+    "run_eagerly",
+    "jit_compile",
+    "steps_per_execution",
+    "stop_training",
+    "stop_evaluating",
+    "stop_predicting",
+)
 
 
 def dump(model: keras.Model) -> Description | str:
@@ -63,11 +70,14 @@ def dump(model: keras.Model) -> Description | str:
     if isinstance(trainer, str):
         return trainer
     names, extras = _read_assets(model)
+    layers = [model, *private.flatten_layers(model)]
     body = {
         "model": config,
         "policy": keras.dtype_policies.serialize(model.dtype_policy),
         "floatx": keras.config.floatx(),
         "frozen": _frozen(model),
+        "seeds": [(i, name, each.seed) for i, name, each in private.unseeded(layers)],
+        "paths": [vars(layer).get("_path") for layer in layers],
         "compile": compile_config,
         "trainer": trainer,
         "history": fidelity.history_of(model),
@@ -111,6 +121,7 @@ def load(body: dict[str, Any], values: Values, extras: list[Array]) -> Rebuilt:
             config = json.loads(body["config"])
             with _defaults(config["policy"], config["floatx"]), values_at_creation(values) as given:
                 model = keras.saving.deserialize_keras_object(config["model"], safe_mode=True)
+                _remember(model, config["seeds"], config["paths"])
                 _freeze(model, config["frozen"], values)
                 if config["trainer"] is not None:
                     _compile(model, config["compile"], config["trainer"])
@@ -193,6 +204,15 @@ def _frozen(model: keras.Model) -> list[int]:
     return [i for i, layer in enumerate(layers) if not layer.trainable]
 
 
+def _remember(model: keras.Model, seeds: list[tuple[int, str, int]], paths: list[Any]) -> None:
+    """Give layers what they drew, and were named, when they were made."""
+    layers = [model, *private.flatten_layers(model)]
+    for i, name, seed in seeds:
+        getattr(layers[i], name).seed = seed
+    for layer, path in zip(layers, paths, strict=True):
+        layer.__dict__["_path"] = path
+
+
 def _freeze(model: keras.Model, frozen: list[int], values: Values) -> None:
     """Set every trainable flag: a layer's own after those above it, variables' last."""
     places = frozenset(frozen)
@@ -212,7 +232,9 @@ def _describe_trainer(model: keras.Model) -> dict[str, Any] | str:
         "scaled": model.optimizer is not private.compile_arguments(model)["optimizer"],
         "metrics": metrics,
         "losses": private.counts_losses(model),
-        "attributes": {name: getattr(model, name) for name in _TRAINER_ATTRIBUTES},
+        "attributes": {
+            name: getattr(model, name) for name in _TRAINER_ATTRIBUTES if hasattr(model, name)
+        },
     }
     if (metrics is not None or trainer["losses"]) and _outputs(model) is None:
         return "its compiled metrics are built but its outputs are not known"

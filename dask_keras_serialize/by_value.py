@@ -35,9 +35,10 @@ from dask_keras_serialize.backends import Array
 from dask_keras_serialize.blame import culprit
 from dask_keras_serialize.errors import DecodeError, EncodeError
 from dask_keras_serialize.parts import Description, Key, Rebuilt, Reference
-from dask_keras_serialize.private import MISSING, State, Tracker
+from dask_keras_serialize.private import MISSING, Tracker
 from dask_keras_serialize.rebuild import Values, check_fits, rebuilding
-from dask_keras_serialize.shells import ShellPickler, ShellUnpickler, own_method
+from dask_keras_serialize.shells import ShellPickler, ShellUnpickler
+from dask_keras_serialize.states import Custom, fill, state_of
 
 
 def dump(
@@ -188,7 +189,7 @@ class _Dump:
         return Description(body, self.variables, extras, lambda: parts, self.linked)
 
     def new_pickler(self, file: io.BytesIO, buffers: list[pickle.PickleBuffer]) -> ShellPickler:
-        return ShellPickler(file, buffers, self.backend, self.refer, self.for_token)
+        return ShellPickler(file, buffers, self.backend, self.refer, self.root, self.for_token)
 
     def refer(self, obj: Any) -> Reference:
         """Return what names an object: its number, a new one at first sight, or a link."""
@@ -208,46 +209,18 @@ class _Dump:
         return number
 
     def state(self, obj: Any) -> Any:
-        """Return what fills an object's shell: its ``__dict__``, caches dropped."""
-        if isinstance(obj, keras.Variable):
-            return self.variable_state(obj)
-        if isinstance(obj, Tracker):
-            return self.tracker_state(obj)
-        if own_method(type(obj), "__getstate__"):
-            state = obj.__getstate__()
-        else:
-            plain = object.__getstate__(obj)
-            state, slots = plain if isinstance(plain, tuple) else (plain, None)
-            state = (state or {}) | (slots or {})
-        if isinstance(state, dict):
-            state = dict(state)
-            mending.drop(obj, state)
-            self.backend.drop(obj, state)
-        if own_method(type(obj), "__setstate__"):
-            return _Custom(state)
-        if not isinstance(state, dict):
-            raise EncodeError(
-                f"{private.describe(obj)} has a __getstate__ that "
-                f"returns a {type(state).__name__}: give it a __setstate__ that takes it"
-            )
-        return state
-
-    def variable_state(self, variable: keras.Variable) -> State:
-        state = dict(vars(variable))
-        if state.pop("_value") is not None:
+        """Return what fills an object's shell, as it is pickled."""
+        state = state_of(obj, self.backend)
+        if isinstance(obj, keras.Variable) and obj._value is not None:
             state["value"] = len(self.variables)
-            self.variables.append(variable)
-        return state
-
-    def tracker_state(self, tracker: Tracker) -> State:
-        state = dict(vars(tracker))
-        del state["stored_ids"]
-        # its predicates are lambdas without closures, made anew for every layer:
-        # send one for each place in Keras's source
-        state["config"] = {
-            name: (self.predicates.setdefault(test.__code__, test), store)
-            for name, (test, store) in tracker.config.items()
-        }
+            self.variables.append(obj)
+        elif isinstance(obj, Tracker):
+            # its predicates are lambdas without closures, made anew for every layer:
+            # send one for each place in Keras's source
+            state["config"] = {
+                name: (self.predicates.setdefault(test.__code__, test), store)
+                for name, (test, store) in obj.config.items()
+            }
         return state
 
     def blame(self, obj: Any, state: Any, error: Exception) -> str:
@@ -299,8 +272,12 @@ class _Load:
         filled = []
         for number in range(self.count):
             state = self.unpickler.load()
-            self.fill(self.shells[number], state)
             filled.append((self.shells[number], state))
+            if not isinstance(state, Custom):
+                self.fill(*filled[-1])
+        for shell, state in reversed(filled):  # a class's own code finds its parts filled
+            if isinstance(state, Custom):
+                self.fill(shell, state)
         # what is derived from other objects comes last, when all are filled
         mending.mend(filled)
         for shell, state in filled:
@@ -317,22 +294,12 @@ class _Load:
         return Rebuilt(root, lambda: self.shells)
 
     def fill(self, shell: Any, state: Any) -> None:
-        if isinstance(state, _Custom):
-            shell.__setstate__(state.state)
-            return
-        value = state.pop("value", None) if isinstance(shell, keras.Variable) else None
-        for name, content in state.items():
-            slot = getattr(type(shell), name, None)
-            if isinstance(slot, types.MemberDescriptorType):
-                slot.__set__(shell, content)
-            else:  # past __setattr__, where Keras would track what its lists already hold
-                shell.__dict__[name] = content
-        if isinstance(shell, keras.Variable):
-            shell._value = None
-            if value is not None:
-                self.rows.append(value)
-                check_fits(shell, value, self.values.header)
-                shell._initialize(self.values.tensor(value))
+        row = state.pop("value", None) if isinstance(shell, keras.Variable) else None
+        fill(shell, state)
+        if row is not None:
+            self.rows.append(row)
+            check_fits(shell, row, self.values.header)
+            shell._initialize(self.values.tensor(row))
 
 
 def _with_writeable(array: Array, flag: bool) -> Array:
@@ -341,10 +308,3 @@ def _with_writeable(array: Array, flag: bool) -> Array:
         return array.copy()
     array.flags.writeable = flag
     return array
-
-
-class _Custom:
-    """A state that the class takes in itself, by ``__setstate__``."""
-
-    def __init__(self, state: Any) -> None:
-        self.state = state

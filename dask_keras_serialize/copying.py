@@ -1,18 +1,28 @@
-"""``copy.copy`` of Keras's objects: another object, the same parts.
+"""``copy.copy`` and ``copy.deepcopy`` of Keras's objects, by Python's own rules.
 
-As Python's own, it shares what the object holds: layers, variables, an optimizer. So
-training the copy of a model trains the model. What Keras itself keeps in lists on the
-object is listed anew, so that adding a layer to one adds none to the other. For a
-replica that shares nothing there is ``copy.deepcopy``.
+A copy shares what the object holds: layers, variables, an optimizer. So training the
+copy of a model trains the model. What Keras itself keeps in lists on the object is listed
+anew, so that adding a layer to one adds none to the other.
+
+A deepcopy shares nothing but what Python never copies (functions, classes, modules) and
+what the memo of the copy under way already has. Every Keras object becomes a shell at
+first sight, filled from a deepcopy of its state when its turn comes: so no graph of layers
+nests deeper than Python can recurse, and cycles close by themselves.
 """
 
 from __future__ import annotations
 
 import copy
+import types
+from collections.abc import Callable
 from typing import Any
 
-from dask_keras_serialize import mending, private
+import keras
+
+from dask_keras_serialize import backends, mending, private
+from dask_keras_serialize.rebuild import rebuilding
 from dask_keras_serialize.shells import new_shell, reduces_itself
+from dask_keras_serialize.states import Custom, fill, state_of, view
 
 
 def shallow(obj: Any) -> Any:
@@ -29,14 +39,14 @@ def shallow(obj: Any) -> Any:
         Of the same class. Traced functions are its own, as they hold the model.
     """
     if reduces_itself(obj.__class__):
-        reconstruct = copy._reconstruct  # type: ignore[attr-defined]
-        return reconstruct(obj, None, *obj.__reduce__())
+        return _reconstruct(obj, None)
     state = dict(vars(obj))
     mending.forget(obj, state)
     own: dict[int, Any] = {}
     tracker = state.get("_tracker")
     if isinstance(tracker, private.Tracker):
-        twin = own[id(tracker)] = copy.copy(tracker)
+        twin = own[id(tracker)] = new_shell(type(tracker))
+        twin.__dict__ |= vars(tracker)
         twin.stored_ids = {name: set(ids) for name, ids in tracker.stored_ids.items()}
         own |= {id(store): list(store) for _, store in tracker.config.values()}
         twin.config = {name: (test, own[id(s)]) for name, (test, s) in tracker.config.items()}
@@ -47,6 +57,122 @@ def shallow(obj: Any) -> Any:
             elif type(value) in (list, dict, set):
                 own[id(value)] = copy.copy(value)
     shell = new_shell(type(obj))
+    if isinstance(obj, (dict, list, set)):
+        (list.extend if isinstance(obj, list) else type(shell).update)(shell, obj)
     for name, value in state.items():
         shell.__dict__[name] = own.get(id(value), value)
     return shell
+
+
+def deep(obj: Any, memo: dict[Any, Any]) -> Any:
+    """Return an independent replica; stands on base classes as ``__deepcopy__``.
+
+    Parameters
+    ----------
+    obj : object
+        One of Keras's; a class of the user's that defines ``__reduce__`` is copied by that.
+    memo : dict
+        Of the copy under way.
+
+    Returns
+    -------
+    object
+        Of the same class; if another one of Keras's is being copied, not yet filled.
+
+    Raises
+    ------
+    EncodeError
+        If it holds what only lives here, such as a TensorFlow strategy.
+
+    Notes
+    -----
+    Copies: with TensorFlow none of the variables' bytes, until one of the two is written
+    to; else each once.
+    """
+    if reduces_itself(obj.__class__):
+        return _reconstruct(obj, memo)
+    copying = memo.get(_COPYING)
+    if copying is not None:
+        shell: Any = copying.shell_of(obj)
+        return shell
+    copying = memo[_COPYING] = _Copying(memo)
+    try:
+        with rebuilding():
+            twin = copying.shell_of(obj)
+            copying.run()
+    finally:
+        del memo[_COPYING]
+    return twin
+
+
+def deep_tracked(container: Any, memo: dict[Any, Any]) -> Any:
+    """Deepcopy Keras's tracked containers; Python would fill them before they have a tracker."""
+    cls: Any = type(container)
+    twin = memo[id(container)] = cls.__new__(cls)
+    twin.tracker = copy.deepcopy(container.tracker, memo)
+    base: Any = next(cls for cls in (list, dict, set) if isinstance(container, cls))
+    items = container.items() if base is dict else container
+    (list.extend if base is list else base.update)(
+        twin, [copy.deepcopy(item, memo) for item in items]
+    )
+    return twin
+
+
+def deep_inside(original: Any) -> Callable[[Any, dict[Any, Any]], Any]:
+    """Deepcopy what a backend puts into Keras's objects; as it does itself anywhere else."""
+
+    def deepcopy(obj: Any, memo: dict[Any, Any]) -> Any:
+        copying = memo.get(_COPYING)
+        if copying is None:
+            return original(obj, memo)
+        if isinstance(obj, copying.backend.SHELLS):
+            return copying.shell_of(obj)
+        return _reconstruct(obj, memo, copying.backend.reduce(obj))
+
+    return deepcopy
+
+
+#: Where a memo keeps the copy of Keras's objects under way.
+_COPYING = "dask_keras_serialize.copying"
+
+
+class _Copying:
+    """One deepcopy under way: shells that wait to be filled."""
+
+    def __init__(self, memo: dict[Any, Any]) -> None:
+        self.memo = memo
+        self.backend = backends.current()[1]
+        self.waiting: list[tuple[Any, Any]] = []
+        self.filled: list[tuple[Any, Any]] = []
+
+    def shell_of(self, obj: Any) -> Any:
+        cls = type(obj)
+        shell = self.backend.shell(cls) if cls in self.backend.SHELLS else new_shell(cls)
+        self.memo[id(obj)] = shell
+        self.waiting.append((obj, shell))
+        return shell
+
+    def run(self) -> None:
+        for obj, shell in self.waiting:  # copying a state finds more
+            state = state_of(obj, self.backend)
+            for value in state.values() if isinstance(state, dict) else ():
+                if isinstance(value, types.ModuleType):
+                    self.memo[id(value)] = value
+            state = copy.deepcopy(state, self.memo)
+            self.filled.append((shell, state))
+            if not isinstance(state, Custom):
+                fill(shell, state)
+            if isinstance(obj, keras.Variable) and obj._value is not None:
+                array = view(obj, self.backend, private.describe(obj))
+                shell._initialize(self.backend.tensor(array))
+        for shell, state in reversed(self.filled):
+            if isinstance(state, Custom):
+                fill(shell, state)
+        mending.mend(self.filled)
+        for shell, state in self.filled:
+            self.backend.mend(shell, state)
+
+
+def _reconstruct(obj: Any, memo: dict[Any, Any] | None, reduced: Any = None) -> Any:
+    reconstruct = copy._reconstruct  # type: ignore[attr-defined]
+    return reconstruct(obj, memo, *(reduced or obj.__reduce_ex__(4)))

@@ -8,28 +8,19 @@ is less portable, but takes what it finds.
 
 from __future__ import annotations
 
-import dis
-import functools
-import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
 
 from dask_keras_serialize import private
+from dask_keras_serialize.aside import aside
+from dask_keras_serialize.layerwise import functional, layer_loss, model_loss
 from dask_keras_serialize.likeness import (
     FUNCTIONS,
-    argument_lost,
     attribute_lost,
     keras_finds,
-    kind,
 )
-
-#: Attributes that Keras sets on its objects from outside their classes.
-_SET_FROM_OUTSIDE = frozenset({"history", "stop_training", "_keras_mask", "train_function"})
-
-#: Layers of Keras's own whose state or code a config cannot carry.
-_NEVER_BY_CONFIG = ("Lambda", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer")
 
 
 def loss_by_config(model: keras.Model, config: Mapping[str, Any]) -> str | None:
@@ -50,7 +41,7 @@ def loss_by_config(model: keras.Model, config: Mapping[str, Any]) -> str | None:
     -----
     Copies: none; variables are not read. Costs about a tenth of making the config.
     """
-    if type(model) not in (keras.Sequential, keras.Model, _functional()):
+    if type(model) not in (keras.Sequential, keras.Model, functional()):
         return f"{type(model).__qualname__} is a subclass of Model, with Python state of its own"
     foreign = _foreign(config)
     if foreign:
@@ -59,7 +50,8 @@ def loss_by_config(model: keras.Model, config: Mapping[str, Any]) -> str | None:
     policies = (each.dtype_policy for each in layers if isinstance(each, keras.Model))
     if any(policy != model.dtype_policy for policy in policies):
         return "a model inside it has another dtype policy"
-    for reason in (_shared(model), *map(_layer_loss, layers), _extra(model)):
+    reasons = (_shared(model), *map(layer_loss, layers), model_loss(model))
+    for reason in reasons:
         if reason:
             return str(reason)
     if model.compiled and (lost := _compile_loss(model)):
@@ -86,16 +78,6 @@ def history_of(model: keras.Model) -> dict[str, Any] | None:
     if type(history) is not keras.callbacks.History or not _plain(state):
         raise ValueError("model.history is not plain data")
     return state
-
-
-def _functional() -> type:
-    return type(_empty_functional())
-
-
-@functools.cache
-def _empty_functional() -> keras.Model:
-    inputs = keras.Input((1,))
-    return keras.Model(inputs, inputs)
 
 
 def _foreign(config: Any) -> str | None:
@@ -133,119 +115,17 @@ def _shared(model: keras.Model) -> str | None:
     parents = [model]
     while parents:
         parent = parents.pop()
+        for value in vars(parent).values():
+            if isinstance(value, (list, tuple)):
+                held = [id(each) for each in value if isinstance(each, keras.Layer)]
+                if len(set(held)) < len(held):
+                    return f"{parent.name!r} holds a layer twice"
         for layer in parent._flatten_layers(include_self=False, recursive=False):
             if id(layer) in seen:
                 return f"layer {layer.name!r} is shared across levels of nesting"
             seen.add(id(layer))
             parents.append(layer)
     return None
-
-
-def _layer_loss(layer: keras.Layer) -> str | None:
-    where = f"layer {layer.name!r}"
-    if type(layer).__name__ in _NEVER_BY_CONFIG:
-        return f"{where} is a {type(layer).__name__}, which holds code"
-    if isinstance(layer, keras.Model):
-        if type(layer) not in (keras.Sequential, keras.Model, _functional()):
-            return f"{where} is a subclass of Model"
-        if layer.compiled:
-            return f"{where} is a compiled model inside a model"
-    if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
-        return f"{where} is quantized or carries LoRA factors"
-    if getattr(layer, "stateful", False):
-        return f"{where} is stateful"
-    if isinstance(layer, private.LOOKUPS) and (
-        layer.output_mode == "tf_idf" or isinstance(layer.input_vocabulary, str)
-    ):
-        return f"{where} has document frequencies, or its vocabulary in a file of this machine"
-    lost = _value_lost(layer)
-    if lost:
-        return f"{where} has a value of {lost!r} that its config does not hold"
-    return _extra(layer)
-
-
-def _value_lost(layer: keras.Layer) -> str | None:
-    """Name an attribute whose value the config leaves out or tells by its name alone."""
-    if isinstance(layer, keras.layers.InputLayer):
-        return None
-    twin = _twin(layer.__class__)
-    for name in ("supports_masking", "autocast"):
-        if twin is not None and getattr(layer, name) != getattr(twin, name):
-            return str(name)
-    rules = set()  # regularizers and constraints of variables, by id
-    for name, value in vars(layer).items():
-        sort = kind(value.__class__)
-        if sort == "plain":
-            continue
-        if sort == "function":
-            if name not in _WRAPPED and not keras_finds(value):
-                return str(name)
-            continue
-        if lost := argument_lost(value):
-            return f"{name}.{lost}"
-        if name.endswith(("_regularizer", "_constraint")) and name != "activity_regularizer":
-            rules.add(id(value))
-    if layer.built:
-        used = {id(rule) for v in private.own(layer) for rule in (v.regularizer, v.constraint)}
-        if used - {id(None)} != rules:
-            return "regularizer or constraint"
-    return argument_lost(layer)
-
-
-#: Methods that Layer.__new__ wraps for each instance (keras/src/layers/layer.py).
-_WRAPPED = ("build", "quantize")
-
-
-@functools.cache
-def _twin(cls: Any) -> Any:
-    """Make the plainest instance of a layer's class, or None; says how it is by default."""
-    for arguments in ((), (1,), ((1,),), (1, 1)):
-        try:
-            return cls(*arguments, name="twin")  # a name, or Keras would count it
-        except Exception:  # another number of arguments, or of another kind
-            continue
-    return None
-
-
-def _extra(layer: keras.Layer) -> str | None:
-    """Find attributes that no method of the layer's class sets."""
-    extra = vars(layer).keys() - _stored_names(layer.__class__) - _SET_FROM_OUTSIDE
-    if extra:
-        return f"attribute {min(extra)!r} was set on {layer.name!r} from outside"
-    return None
-
-
-@functools.cache
-def _stored_names(cls: Any) -> frozenset[str]:
-    """Collect every name that the methods of a class and its bases assign to."""
-    names: set[str] = set()
-    for base in cls.__mro__:
-        for member in vars(base).values():
-            for function in _functions(member):
-                names.update(_stores(function.__code__))
-    return frozenset(names)
-
-
-def _functions(member: Any) -> Iterator[types.FunctionType]:
-    if isinstance(member, (classmethod, staticmethod)):
-        member = member.__func__
-    candidates: Iterable[Any] = (member,)
-    if isinstance(member, property):
-        candidates = (member.fget, member.fset)
-    for candidate in candidates:
-        while candidate is not None:  # decorated with functools.wraps
-            if isinstance(candidate, types.FunctionType):
-                yield candidate
-            candidate = getattr(candidate, "__wrapped__", None)
-
-
-def _stores(code: types.CodeType) -> Iterator[str]:
-    for instruction in dis.get_instructions(code):
-        if instruction.opname == "STORE_ATTR":
-            yield instruction.argval
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _stores(constant)
 
 
 def _compile_loss(model: keras.Model) -> str | None:
@@ -275,7 +155,8 @@ def _compile_loss(model: keras.Model) -> str | None:
             if isinstance(value, FUNCTIONS) and not keras_finds(value):
                 return f"{key} {getattr(value, '__name__', value)!r} is not Keras's own"
             if hasattr(value, "get_config"):
-                lost = attribute_lost(value)
+                with aside():
+                    lost = attribute_lost(value)
                 if lost:
                     return f"the config of {key} {type(value).__name__!r} loses {lost!r}"
     return None

@@ -28,17 +28,21 @@ def kind(cls: Any) -> str:
     return "configurable" if configurable else "plain"
 
 
-@functools.lru_cache(256)
 def keras_finds(function: Any) -> bool:
     """Say whether Keras finds this very function by its name."""
-    name = getattr(function, "__name__", "")
+    return any(found is function for found in _named(getattr(function, "__name__", "")))
+
+
+@functools.lru_cache(256)
+def _named(name: str) -> tuple[Any, ...]:
+    """Return what Keras finds by a name; by name, for a cache of functions would keep them."""
+    found = []
     for registry in (keras.activations, keras.losses, keras.metrics):
         try:
-            if registry.get(name) is function:
-                return True
+            found.append(registry.get(name))
         except Exception:  # unknown there, or no name at all
             continue
-    return False
+    return tuple(found)
 
 
 def argument_lost(obj: Any) -> str | None:

@@ -15,7 +15,6 @@ and what others may have referred to keeps its key.
 
 from __future__ import annotations
 
-import copy
 import copyreg
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -25,11 +24,11 @@ from weakref import ReferenceType, WeakSet, finalize, ref
 import keras
 
 from dask_keras_serialize import backends, private
-from dask_keras_serialize.copying import shallow
+from dask_keras_serialize.copying import deep, deep_inside, deep_tracked, shallow
 from dask_keras_serialize.errors import EncodeError, KerasSerializeError
 from dask_keras_serialize.packed import Parcel, take
 from dask_keras_serialize.parts import Key
-from dask_keras_serialize.shells import reduces_itself
+from dask_keras_serialize.shells import own_method
 
 
 class _Sending:
@@ -50,7 +49,8 @@ class _Sending:
         from dask_keras_serialize.protocol import encode_parts
 
         seen = list(self.parts.values()) if self._encoding == "value" else []
-        encoded = encode_parts(self.root, _Others(self), seen=seen)
+        links = {} if self._encoding == "config" else _Others(self)
+        encoded = encode_parts(self.root, links, seen=seen)
         if self.parts:
             found = encoded.parts()
             if any(found.get(key) is not part for key, part in self.parts.items()):
@@ -72,10 +72,8 @@ class _Sending:
         receive, (packed, _, *arrays) = Parcel(header, frames).__reduce_ex__(protocol)
         return receive, (packed, tuple(links), *arrays)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Parcel:
-        header, others, frames = self.close()
-        links: Any = [copy.deepcopy(each, memo) for each in others]
-        return Parcel(header, frames, links)
+
+_None = type(None)
 
 
 class _Alive:
@@ -101,7 +99,9 @@ class _Alive:
         return None if holder is None else (holder, key)
 
     def _name(self, sending: _Sending, parts: Mapping[Any, Any]) -> None:
-        new = {id(part): key for key, part in parts.items() if part is not None}
+        # policies: all objects share the same ones, and nobody changes them
+        own = {k: v for k, v in parts.items() if not isinstance(v, (keras.DTypePolicy, _None))}
+        new = {id(part): key for key, part in own.items()}
         new = {number: key for number, key in new.items() if number not in self._index}
         self._index |= {number: (ref(sending), key) for number, key in new.items()}
         finalize(sending, self._forget, list(new), None in parts).atexit = False
@@ -169,8 +169,14 @@ def reduce_object(obj: Any, protocol: Any) -> Any:
     Copies: under protocol 5 with a buffer callback, as ``encode``; else pickle copies
     every byte once more into its stream.
     """
-    if reduces_itself(obj.__class__):
+    # a class with a __reduce_ex__ of its own that comes here asks for what it overrides
+    if own_method(obj.__class__, "__reduce__") and not own_method(obj.__class__, "__reduce_ex__"):
         return obj.__reduce__()
+    return reduce_by_default(obj)
+
+
+def reduce_by_default(obj: Any) -> Any:
+    """Reduce an object whatever its class says; stands on ``KerasSaveable`` as ``__reduce__``."""
     return take, _alive().find(id(obj)) or (_Sending(obj), None)
 
 
@@ -181,27 +187,58 @@ def _tensors() -> tuple[type, ...]:
         return ()
 
 
+def _backends_own() -> tuple[type, ...]:
+    try:
+        backend = backends.current()[1]
+    except KerasSerializeError:
+        return ()
+    return backend.SHELLS + backend.REDUCED
+
+
 def _bases() -> list[Any]:
     """Return the classes that every one of Keras's objects descends from."""
     classes = list(private.CITIZENS)
     return [cls for cls in classes if not any(base in classes for base in cls.__mro__[1:])]
 
 
-def install() -> None:
-    """Put the reducer, and what ``copy.copy`` asks for, on Keras's base classes."""
+def _slots() -> Iterator[tuple[Any, str, Any]]:
+    """Yield classes of Keras's, and what we put on them under which name."""
     for cls in _bases():
-        cls.__reduce_ex__ = reduce_object
-        cls.__copy__ = shallow
+        yield cls, "__reduce_ex__", reduce_object
+        yield cls, "__copy__", shallow
+        yield cls, "__deepcopy__", deep
+    for cls in (private.Node, private.Tracker):
+        yield cls, "__deepcopy__", deep
+    for cls in private.TRACKED:
+        yield cls, "__deepcopy__", deep_tracked
+    for cls in _backends_own():
+        yield cls, "__deepcopy__", deep_inside(getattr(cls, "__deepcopy__", None))
+    yield private.DynamicBackend, "__deepcopy__", lambda self, memo: type(self)(self._backend)
+    # not asked by pickle, but by classes that override it and call what they override
+    yield private.KerasSaveable, "__reduce__", reduce_by_default
+
+
+#: What stood in each slot; None where nothing did.
+_before: list[tuple[Any, str, Any]] = []
+
+
+def install() -> None:
+    """Put reducers, and what ``copy`` asks for, on Keras's base classes."""
+    for cls, name, ours in _slots():
+        _before.append((cls, name, vars(cls).get(name)))
+        setattr(cls, name, ours)
     for cls in _tensors():
         copyreg.pickle(cls, lambda tensor: reduce_object(tensor, 4))
 
 
 def uninstall() -> None:
     """Take them off again."""
-    for cls in _bases():
-        for name, ours in (("__reduce_ex__", reduce_object), ("__copy__", shallow)):
-            if vars(cls).get(name) is ours:
-                delattr(cls, name)
+    while _before:
+        cls, name, original = _before.pop()
+        if original is not None:
+            setattr(cls, name, original)
+        else:
+            delattr(cls, name)
     for cls in _tensors():
         copyreg.dispatch_table.pop(cls, None)
 

@@ -8,11 +8,8 @@ which alone touches it; of TensorFlow, in its adapter.
 
 from __future__ import annotations
 
-import random
 import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -99,6 +96,10 @@ KERAS = {
     "Layer._non_trainable_variables": ("keras/src/layers/layer.py", _NOT_BY_CONFIG),
     "Layer._seed_generators": ("keras/src/layers/layer.py", _NOT_BY_CONFIG),
     "Layer._losses": ("keras/src/layers/layer.py", "nothing: it is a cache"),
+    "inject_functional_model_class": (
+        "keras/src/models/model.py",
+        "functional subclasses fail by value in a process that has made none",
+    ),
     "Sequential._functional": ("keras/src/models/sequential.py", "nothing pickled with it shares"),
     "Function._outputs_struct": ("keras/src/ops/function.py", _NOT_BY_CONFIG),
     "Operation._inbound_nodes": ("keras/src/ops/operation.py", "functional models fail by value"),
@@ -124,6 +125,15 @@ KERAS = {
     "Optimizer._trainable_variables_indices": (
         "keras/src/optimizers/base_optimizer.py",
         "nothing: it is derived",
+    ),
+    "RandomInitializer._init_seed": (
+        "keras/src/initializers/random_initializers.py",
+        "replicas of unbuilt layers start from other random values",
+    ),
+    "Layer._path": ("keras/src/layers/layer.py", "layers keep the paths of the rebuild"),
+    "global_state.object_name_uids": (
+        "keras/src/utils/naming.py",
+        "sending an object may use up names of layers",
     ),
     "MultiOptimizer._var_to_optimizer_idx": (
         "keras/src/optimizers/multi_optimizer.py",
@@ -159,36 +169,11 @@ def feeds_at_creation() -> bool:
     )
 
 
-@contextmanager
-def own_random() -> Iterator[None]:
-    """Let this thread's unseeded initializers and seeds draw from numbers of their own.
-
-    Python's global state is left alone, for this thread and for others.
-    """
-    try:
-        seed_generator: Any = import_module("keras.src.random.seed_generator")
-        original = seed_generator.python_random
-    except (ImportError, AttributeError):
-        yield
-        return
-    seed_generator.python_random = _Draws(original)
-    try:
-        yield
-    finally:
-        seed_generator.python_random = original
-
-
-class _Draws:
-    """Stands in for the module ``random``: one thread's numbers apart from the others'."""
-
-    def __init__(self, original: Any) -> None:
-        self._original = original
-        self._thread = threading.get_ident()
-        self._own = random.Random()
-
-    def __getattr__(self, name: str) -> Any:
-        here = threading.get_ident() == self._thread
-        return getattr(self._own if here else self._original, name)
+def make_functional(cls: Any) -> None:
+    """Make a subclass of Model a subclass of Functional, as its first instance would."""
+    if not issubclass(cls, Function):
+        inject = import_module("keras.src.models.model").inject_functional_model_class
+        inject(cls)
 
 
 def describe(obj: Any) -> str:
@@ -239,6 +224,14 @@ def nodes(function: Any) -> Iterator[tuple[tuple[str, int], Any]]:
         ours = [node for i, node in keys if f"{id(operation)}_ib-{i}" in function._nodes]
         for i, node in enumerate(ours):
             yield (operation.name, i), node
+
+
+def unseeded(layers: Sequence[keras.Layer]) -> Iterator[tuple[int, str, Any]]:
+    """Yield initializers that drew their own seed: place and attribute of the layer, and it."""
+    for i, layer in enumerate(layers):
+        for name, value in vars(layer).items():
+            if isinstance(value, keras.Initializer) and getattr(value, "_init_seed", 0) is None:
+                yield i, name, value
 
 
 def own(layer: keras.Layer) -> list[keras.Variable]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from dask_keras_serialize import (
     fingerprints,
     frames,
     private,
+    states,
     strings,
 )
 from dask_keras_serialize.errors import DecodeError, EncodeError, KerasSerializeError
@@ -32,7 +32,6 @@ from dask_keras_serialize.frames import Frame
 from dask_keras_serialize.header import (
     FORMAT,
     ITEMSIZE,
-    STRING,
     Encoding,
     Header,
     VariableEntry,
@@ -130,7 +129,8 @@ def encode_parts(
                 f"{owner}: variable {variable.path!r} has dtype {variable.dtype}, which cannot "
                 "travel yet: cast it, or keep it out"
             )
-    arrays = [_view(backend, variable, owner) for variable in variables]
+    views = [states.view(variable, backend, owner) for variable in variables]
+    arrays = [strings.to_bytes(each) if each.dtype == object else each for each in views]
     locations, packed = frames.pack([*arrays, *extras])
     entries = tuple(
         VariableEntry(v.path, tuple(map(int, v.shape)), v.dtype, bool(v.trainable), location)
@@ -153,21 +153,6 @@ def encode_parts(
         variables=entries,
     )
     return Encoded(header.with_frames(packed), packed, parts, used)
-
-
-def _view(backend: Any, variable: keras.Variable, owner: str) -> backends.Array:
-    """View a variable, which another thread may be training."""
-    shape = tuple(variable.shape)
-    for _ in range(1000):
-        array: backends.Array = backend.view(variable)
-        if array.shape == shape:
-            return strings.to_bytes(array) if variable.dtype == STRING else array
-        # TensorFlow takes a tensor apart for as long as it updates it in place
-        time.sleep(0.001)
-    raise EncodeError(
-        f"{owner}: variable {variable.path!r} of shape {shape} keeps reading as {array.shape} "
-        "while another thread updates it: send the model when it is not being trained"
-    )
 
 
 def decode(header: Header, buffers: Sequence[object], *, keep: bool = False) -> Any:

@@ -23,6 +23,7 @@ import keras
 import numpy as np
 
 from dask_keras_serialize import backends, private, strings
+from dask_keras_serialize.aside import own_random
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.frames import LARGE, Frame, unpack
 from dask_keras_serialize.header import ITEMSIZE, STRING, Header
@@ -71,7 +72,7 @@ class Values:
 @contextmanager
 def rebuilding() -> Iterator[None]:
     """Hold the lock and the garbage collector; draw random numbers apart."""
-    with LOCK, private.own_random():
+    with LOCK, own_random():
         collects = gc.isenabled()
         gc.disable()
         try:
@@ -124,11 +125,20 @@ def values_at_creation(values: Values) -> Iterator[Given]:
                 return
         original(variable, initializer)
 
+    assign = cls.assign
+
+    def reassign(variable: keras.Variable, value: Any) -> Any:
+        # a slot that starts as a copy of its variable (ScheduleFreeAdamW)
+        given.pop(id(variable), None)
+        return assign(variable, value)
+
     cls._initialize_with_initializer = initialize
+    cls.assign = reassign
     try:
         yield given
     finally:
         cls._initialize_with_initializer = original
+        cls.assign = assign
 
 
 def assign_rest(variables: Sequence[keras.Variable], given: Given, values: Values) -> None:

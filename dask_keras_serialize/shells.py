@@ -44,6 +44,8 @@ class ShellPickler(cloudpickle.Pickler):  # type: ignore[misc]
     backend : Backend
     refer : callable
         Takes one of Keras's objects and returns what names it.
+    root : object
+        The one that travels; never asked how it is pickled, for that led here.
     for_token : bool
         Make the bytes the same in every process, at the price that nobody can load
         them: strings that are equal but not the same object, the order of sets and
@@ -56,6 +58,7 @@ class ShellPickler(cloudpickle.Pickler):  # type: ignore[misc]
         buffers: list[pickle.PickleBuffer],
         backend: Backend,
         refer: Callable[[Any], Reference],
+        root: Any,
         for_token: bool,
     ) -> None:
         super().__init__(file, protocol=5, buffer_callback=buffers.append)
@@ -64,13 +67,15 @@ class ShellPickler(cloudpickle.Pickler):  # type: ignore[misc]
         self.code: dict[str, str] = {}
         self._backend = backend
         self._refer = refer
+        self._root = root
         self._for_token = for_token
         self._shells = SHELLS + backend.SHELLS
 
-    def persistent_id(self, obj: Any) -> tuple[Reference, type] | bytes | None:
+    def persistent_id(self, obj: Any) -> tuple[Any, ...] | bytes | None:
         """Name a shell; for tokens, strings and sets by what is in them."""
-        if isinstance(obj, self._shells) and not reduces_itself(type(obj)):
-            return self._refer(obj), type(obj)
+        if isinstance(obj, self._shells) and (obj is self._root or not reduces_itself(type(obj))):
+            pid = self._refer(obj), type(obj)
+            return (*pid, "functional") if isinstance(obj, private.Function) else pid
         if self._for_token:
             if type(obj) is str:
                 return obj.encode(errors="surrogatepass")
@@ -133,9 +138,11 @@ class ShellUnpickler(pickle.Unpickler):
         self._backend = backend
         self._links = links
 
-    def persistent_load(self, pid: tuple[Reference, type]) -> Any:
+    def persistent_load(self, pid: tuple[Any, ...]) -> Any:
         """Return the shell of a reference, made at first sight; DecodeError if no such class."""
-        reference, cls = pid
+        reference, cls, *functional = pid
+        if functional:
+            private.make_functional(cls)
         if isinstance(reference, tuple):
             parcel, key = reference
             obj = self._links[parcel].part(key)

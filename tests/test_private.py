@@ -14,6 +14,8 @@ from distributed.comm import utils as comm_utils
 from distributed.protocol.serialize import dask_loads, families
 from distributed.scheduler import Scheduler
 from joblib import numpy_pickle
+from keras.src.backend.common import global_state
+from keras.src.models import model as model_module
 from keras.src.random import seed_generator
 
 from dask_keras_serialize import by_value, private, registration
@@ -55,6 +57,12 @@ FOUND = {
     "Optimizer._learning_rate": lambda m: m.optimizer._learning_rate,
     "Optimizer._var_key": lambda m: m.optimizer._var_key(m.trainable_variables[0]),
     "Optimizer._trainable_variables_indices": lambda m: m.optimizer._trainable_variables_indices,
+    "inject_functional_model_class": lambda m: model_module.inject_functional_model_class,
+    "RandomInitializer._init_seed": lambda m: hasattr(m.layers[0].kernel_initializer, "_init_seed"),
+    "Layer._path": lambda m: m.layers[0]._path,
+    "global_state.object_name_uids": lambda m: global_state.get_global_attribute(
+        "object_name_uids"
+    )["dense"],
     "MultiOptimizer._var_to_optimizer_idx": lambda m: (
         make(CITIZENS["optimizers.MultiOptimizer"])._var_to_optimizer_idx
     ),

@@ -10,7 +10,7 @@
     The backend's version.
 ``TENSORS``
     Classes of the backend's own tensors that travel as parcels.
-``SHELLS``, ``shell(cls)``, ``reduce(obj)``, ``drop(obj, state)``, ``mend(obj, state)``
+``SHELLS``, ``REDUCED``, ``shell(cls)``, ``reduce(obj)``, ``drop(obj, state)``, ``mend(obj, state)``
     What the backend adds to Keras objects that pickle cannot take; used when a model
     goes by value.
 
@@ -46,6 +46,9 @@ class Backend(Protocol):
 
     #: Classes of tensors that pickle as parcels.
     TENSORS: tuple[type, ...]
+
+    #: Classes that ``reduce`` knows, and that copy themselves in a way of their own.
+    REDUCED: tuple[type, ...]
 
     #: Classes of the backend whose instances become shells when a model goes by value.
     SHELLS: tuple[type, ...]

@@ -46,6 +46,8 @@ def version() -> str:
 
 TENSORS: tuple[type, ...] = (type(jnp.zeros(())),)
 
+REDUCED: tuple[type, ...] = ()
+
 SHELLS: tuple[type, ...] = ()
 
 

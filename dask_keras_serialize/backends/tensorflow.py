@@ -127,6 +127,9 @@ def version() -> str:
 #: Tensors as users hold them.
 TENSORS = (type(tf.constant(0)),)
 
+#: Classes that :func:`reduce` knows, and that copy themselves in a way of their own.
+REDUCED = (_DictWrapper,)
+
 #: Classes of TensorFlow's own that become shells beside Keras's, when by value.
 SHELLS = (ListWrapper,)
 

@@ -64,6 +64,8 @@ def version() -> str:
 #: None: torch and distributed pickle tensors themselves, out of band.
 TENSORS: tuple[type, ...] = ()
 
+REDUCED: tuple[type, ...] = ()
+
 SHELLS: tuple[type, ...] = ()
 
 

@@ -1,0 +1,67 @@
+"""Objects of Keras's made aside: no seed is drawn for them that a user would have drawn.
+
+Keras draws a seed from Python's global random numbers for every unseeded initializer and
+seed generator, and counts up names. Sending or receiving a model must change neither
+(what is touched is listed in :data:`dask_keras_serialize.private.KERAS`).
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+_ASIDE = threading.RLock()
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Make objects of Keras's that are nobody's: no seed is drawn for them, no name used up."""
+    with _ASIDE, own_random():
+        try:
+            state = import_module("keras.src.backend.common.global_state")
+            names = state.get_global_attribute("object_name_uids")
+        except (ImportError, AttributeError):
+            names = None
+        before = None if names is None else dict(names)
+        try:
+            yield
+        finally:
+            if before is not None:
+                names.clear()
+                names.update(before)
+
+
+@contextmanager
+def own_random() -> Iterator[None]:
+    """Let this thread's unseeded initializers and seeds draw from numbers of their own.
+
+    Python's global state is left alone, for this thread and for others.
+    """
+    try:
+        seed_generator: Any = import_module("keras.src.random.seed_generator")
+        original = seed_generator.python_random
+    except (ImportError, AttributeError):
+        yield
+        return
+    seed_generator.python_random = _Draws(original)
+    try:
+        yield
+    finally:
+        seed_generator.python_random = original
+
+
+class _Draws:
+    """Stands in for the module ``random``: one thread's numbers apart from the others'."""
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+        self._thread = threading.get_ident()
+        self._own = random.Random()
+
+    def __getattr__(self, name: str) -> Any:
+        here = threading.get_ident() == self._thread
+        return getattr(self._own if here else self._original, name)

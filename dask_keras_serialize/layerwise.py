@@ -1,0 +1,208 @@
+"""What the config of a layer would lose: code, values, attributes, what it shares."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+
+from dask_keras_serialize import private
+from dask_keras_serialize.aside import aside
+from dask_keras_serialize.likeness import argument_lost, keras_finds, kind
+
+#: Attributes that Keras sets on its objects from outside their classes.
+_SET_FROM_OUTSIDE = frozenset({"history", "stop_training", "_keras_mask", "train_function"})
+
+#: Layers of Keras's own whose state or code a config cannot carry.
+_NEVER_BY_CONFIG = ("Lambda", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer")
+
+
+def layer_loss(layer: keras.Layer) -> str | None:
+    """Name the first thing that the config of a layer inside a model would lose."""
+    where = f"layer {layer.name!r}"
+    if type(layer).__name__ in _NEVER_BY_CONFIG:
+        return f"{where} is a {type(layer).__name__}, which holds code"
+    if isinstance(layer, keras.Model):
+        if type(layer) not in (keras.Sequential, keras.Model, functional()):
+            return f"{where} is a subclass of Model"
+        if layer.compiled:
+            return f"{where} is a compiled model inside a model"
+    if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
+        return f"{where} is quantized or carries LoRA factors"
+    if getattr(layer, "stateful", False):
+        return f"{where} is stateful"
+    if isinstance(layer, private.LOOKUPS) and (
+        layer.output_mode == "tf_idf" or isinstance(layer.input_vocabulary, str)
+    ):
+        return f"{where} has document frequencies, or its vocabulary in a file of this machine"
+    lost = _value_lost(layer) or _variable_lost(layer)
+    if lost:
+        return f"{where} has a value of {lost!r} that its config does not hold"
+    return _extra(layer)
+
+
+#: Attributes of layers that may be set and that no config holds.
+_PLAIN_ATTRIBUTES = (
+    "supports_masking",
+    "autocast",
+    "supports_jit",
+    "_convert_input_args",
+    "_allow_non_tensor_positional_args",
+)
+
+
+def _variable_lost(layer: keras.Layer) -> str | None:
+    """Name what was set on a layer's variables, or adapted by hand, that no config holds."""
+    for variable in private.own(layer):
+        extra = {name for name in vars(variable) if not name.startswith("_self_")}
+        if variable.overwrite_with_gradient or extra - _variable_attributes():
+            return f"{variable.name} itself"
+    if isinstance(layer, keras.layers.Normalization) and layer.built and layer.input_mean is None:
+        for adapted, used in (("adapt_mean", "mean"), ("adapt_variance", "variance")):
+            ours: Any = getattr(layer, adapted, None)
+            theirs: Any = getattr(layer, used, None)
+            if ours is None or theirs is None:
+                continue
+            ours, theirs = (keras.ops.convert_to_numpy(each) for each in (ours, theirs))
+            if not np.array_equal(ours.ravel(), theirs.ravel()):
+                return used
+    for name, value in vars(layer).items():
+        if isinstance(value, keras.Initializer) and not isinstance(
+            getattr(value, "seed", 0), (int, type(None))
+        ):
+            return str(name)
+    summary = getattr(layer, "summary", None)  # Discretization's, of what it was shown
+    if isinstance(summary, np.ndarray) and summary.size:
+        return "summary"
+    return None
+
+
+@functools.cache
+def _variable_attributes() -> frozenset[str]:
+    with aside():
+        return frozenset(vars(keras.Variable(0.0)))
+
+
+def _value_lost(layer: keras.Layer) -> str | None:
+    """Name an attribute whose value the config leaves out or tells by its name alone."""
+    if isinstance(layer, keras.layers.InputLayer):
+        return None
+    twin = _twin(layer.__class__)
+    for name in _PLAIN_ATTRIBUTES:
+        if twin is not None and getattr(layer, name) != getattr(twin, name):
+            return str(name)
+    rules = set()  # regularizers and constraints of variables, by id
+    for name, value in vars(layer).items():
+        sort = kind(value.__class__)
+        if sort == "plain":
+            continue
+        if sort == "function":
+            if name not in _WRAPPED and not keras_finds(value):
+                return str(name)
+            continue
+        if lost := argument_lost(value):
+            return f"{name}.{lost}"
+        if name.endswith(("_regularizer", "_constraint")) and name != "activity_regularizer":
+            rules.add(id(value))
+    if layer.built:
+        used = {id(rule) for v in private.own(layer) for rule in (v.regularizer, v.constraint)}
+        if used - {id(None)} != rules:
+            return "regularizer or constraint"
+    return argument_lost(layer) or _structure_lost(layer)
+
+
+def _structure_lost(layer: keras.Layer) -> str | None:
+    """Name what of a functional model's nest holds tuples, which a config makes lists."""
+    for name in ("_inputs_struct", "_outputs_struct"):
+        waiting = [vars(layer).get(name)]
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, tuple):
+                return name
+            if isinstance(value, (list, dict)):
+                waiting += value.values() if isinstance(value, dict) else value
+    return None
+
+
+#: Methods that Layer.__new__ wraps for each instance (keras/src/layers/layer.py).
+_WRAPPED = ("build", "quantize")
+
+
+def model_loss(model: keras.Model) -> str | None:
+    """Name the first thing of the model itself, as a layer, that its config would lose."""
+    if extra := _extra(model):
+        return extra
+    lost = _variable_lost(model) or _structure_lost(model)
+    if lost or not model.supports_jit:
+        return f"its {lost or 'supports_jit'} is not in its config"
+    return None
+
+
+@functools.cache
+def _twin(cls: Any) -> Any:
+    """Make the plainest instance of a layer's class, or None; says how it is by default."""
+    with aside():
+        for arguments in ((), (1,), ((1,),), (1, 1)):
+            try:
+                return cls(*arguments, name="twin")
+            except Exception:  # another number of arguments, or of another kind
+                continue
+    return None
+
+
+def _extra(layer: keras.Layer) -> str | None:
+    """Find attributes that no method of the layer's class sets."""
+    extra = vars(layer).keys() - _stored_names(layer.__class__) - _SET_FROM_OUTSIDE
+    if extra:
+        return f"attribute {min(extra)!r} was set on {layer.name!r} from outside"
+    return None
+
+
+@functools.cache
+def _stored_names(cls: Any) -> frozenset[str]:
+    """Collect every name that the methods of a class and its bases assign to."""
+    names: set[str] = set()
+    for base in cls.__mro__:
+        for member in vars(base).values():
+            for function in _functions(member):
+                names.update(_stores(function.__code__))
+    return frozenset(names)
+
+
+def _functions(member: Any) -> Iterator[types.FunctionType]:
+    if isinstance(member, (classmethod, staticmethod)):
+        member = member.__func__
+    candidates: Iterable[Any] = (member,)
+    if isinstance(member, property):
+        candidates = (member.fget, member.fset)
+    for candidate in candidates:
+        while candidate is not None:  # decorated with functools.wraps
+            if isinstance(candidate, types.FunctionType):
+                yield candidate
+            candidate = getattr(candidate, "__wrapped__", None)
+
+
+def _stores(code: types.CodeType) -> Iterator[str]:
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "STORE_ATTR":
+            yield instruction.argval
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _stores(constant)
+
+
+def functional() -> type:
+    """Return the class of functional models, which Keras does not export."""
+    return type(_empty_functional())
+
+
+@functools.cache
+def _empty_functional() -> keras.Model:
+    with aside():
+        inputs = keras.Input((1,))
+        return keras.Model(inputs, inputs)

@@ -1,0 +1,115 @@
+"""What fills an object's shell: taken from the object, and put into the shell.
+
+A state is an object's attributes, without caches and native resources (``mending``) and
+without what a class leaves out by ``__getstate__``. The value of a variable is not part
+of it.
+"""
+
+from __future__ import annotations
+
+import time
+import types
+from typing import Any
+
+import keras
+
+from dask_keras_serialize import mending, private
+from dask_keras_serialize.backends import Array, Backend
+from dask_keras_serialize.errors import EncodeError
+from dask_keras_serialize.private import State, Tracker
+from dask_keras_serialize.shells import own_method
+
+#: The state of a class that is Keras's and a container too.
+_ITEMS = "items of the container"
+
+
+class Custom:
+    """A state that the class takes in itself, by ``__setstate__``."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+
+def state_of(obj: Any, backend: Backend) -> Any:
+    """Return what fills an object's shell.
+
+    Parameters
+    ----------
+    obj : object
+        One of Keras's, or of ``backend.SHELLS``.
+    backend : Backend
+
+    Returns
+    -------
+    dict of str to object
+        A new one; or Custom.
+
+    Raises
+    ------
+    EncodeError
+        If it cannot travel; names the object.
+    """
+    if isinstance(obj, keras.Variable):
+        return {name: value for name, value in vars(obj).items() if name != "_value"}
+    if isinstance(obj, Tracker):
+        return {name: value for name, value in vars(obj).items() if name != "stored_ids"}
+    if own_method(type(obj), "__getstate__"):
+        state = obj.__getstate__()
+    else:
+        plain = object.__getstate__(obj)
+        state, slots = plain if isinstance(plain, tuple) else (plain, None)
+        state = (state or {}) | (slots or {})
+    if isinstance(state, dict):
+        state = dict(state)
+        if isinstance(obj, (dict, list, set)):
+            state[_ITEMS] = list(obj.items() if isinstance(obj, dict) else obj)
+        mending.drop(obj, state)
+        backend.drop(obj, state)
+    if own_method(type(obj), "__setstate__"):
+        return Custom(state)
+    if not isinstance(state, dict):
+        raise EncodeError(
+            f"{private.describe(obj)} has a __getstate__ that "
+            f"returns a {type(state).__name__}: give it a __setstate__ that takes it"
+        )
+    return state
+
+
+def fill(shell: Any, state: State | Custom) -> None:
+    """Fill an object's shell from its state."""
+    if isinstance(state, Custom):
+        shell.__setstate__(state.state)
+        return
+    if _ITEMS in state:
+        items = state.pop(_ITEMS)
+        extend = list.extend if isinstance(shell, list) else type(shell).update
+        extend(shell, items)
+    for name, content in state.items():
+        slot = getattr(type(shell), name, None)
+        if isinstance(slot, types.MemberDescriptorType):
+            slot.__set__(shell, content)
+        else:  # past __setattr__, where Keras would track what its lists already hold
+            shell.__dict__[name] = content
+    if isinstance(shell, keras.Variable):
+        shell._value = None
+
+
+def view(variable: keras.Variable, backend: Backend, owner: str) -> Array:
+    """View a variable's value, which another thread may be training.
+
+    Raises
+    ------
+    EncodeError
+        If it is never whole.
+    """
+    shape = tuple(variable.shape)
+    for _ in range(1000):
+        array = backend.view(variable)
+        if array.shape == shape:
+            return array
+        # TensorFlow takes a tensor apart for as long as it updates it in place
+        time.sleep(0.001)
+    raise EncodeError(
+        f"{owner}: variable {variable.path!r} of shape {shape} keeps reading as {array.shape} "
+        "while another thread updates it: send it when it is not being trained"
+    )
