@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -44,7 +46,9 @@ def culprit(
 
 def _attributes(state: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(state, dict):
-        yield from ((f".{name}", value) for name, value in state.items())
+        # last, what TensorFlow keeps of all attributes
+        names = sorted(state, key=lambda name: str(name).startswith("_self_"))
+        yield from ((f".{name}", state[name]) for name in names)
     else:
         yield from _children(state)
 
@@ -52,17 +56,35 @@ def _attributes(state: Any) -> Iterator[tuple[str, Any]]:
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         yield from ((f"[{key!r}]", part) for key, part in value.items())
-    elif isinstance(value, (list, tuple, set, frozenset)):
+        yield from ((f", key {key!r}", key) for key in value)
+    elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
         yield from ((f"[{i}]", part) for i, part in enumerate(value))
     elif isinstance(value, types.MethodType):
         yield ".__self__", value.__self__
+    elif isinstance(value, functools.partial):
+        yield from ((f".args[{i}]", part) for i, part in enumerate(value.args))
+        yield from ((f".keywords[{key!r}]", part) for key, part in value.keywords.items())
     elif isinstance(value, types.FunctionType):
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=False):
-            try:
-                yield f" of a function that closes over {name}", cell.cell_contents
-            except ValueError:  # not yet assigned
-                continue
+        yield from _code(value)
+    elif isinstance(value, type):
+        yield from ((f".{name}", part) for name, part in vars(value).items())
     else:
-        attributes: dict[str, Any] = getattr(value, "__dict__", {})
-        if isinstance(attributes, dict):
-            yield from ((f".{name}", part) for name, part in attributes.items())
+        plain = object.__getstate__(value)
+        for attributes in plain if isinstance(plain, tuple) else (plain,):
+            if isinstance(attributes, dict):
+                yield from ((f".{name}", part) for name, part in attributes.items())
+        yield from ((f".args[{i}]", part) for i, part in enumerate(getattr(value, "args", ())))
+
+
+def _code(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    code = function.__code__
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
+        try:
+            yield f" of a function that closes over {name}", cell.cell_contents
+        except ValueError:  # not yet assigned
+            continue
+    for i, default in enumerate(function.__defaults__ or ()):
+        yield f" of a function with default {i}", default
+    for name in code.co_names:
+        if name in function.__globals__:
+            yield f" of a function that uses the global {name}", function.__globals__[name]

@@ -25,16 +25,18 @@ class BrokenObject:
         self._error = error
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what Python and Dask ask of any object
+        # what Python, Dask and notebooks ask of any object
+        if name.startswith(("__", "_repr_", "_ipython_")):
             raise AttributeError(name)
-        raise self._error
+        # not the error: a bound method is got while the task that calls it is unpickled
+        return BrokenObject(self._error)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Raise what opening the model raised."""
         raise self._error
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return BrokenObject, (self._error,)  # as broken where it goes next
+        return broken, (self._error,)  # on a worker; who asks for it elsewhere is told
 
     def __repr__(self) -> str:
         return f"<BrokenObject: {self._error}>"

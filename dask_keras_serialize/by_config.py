@@ -125,6 +125,9 @@ def load(body: dict[str, Any], values: Values, extras: list[Array]) -> Rebuilt:
                 _freeze(model, config["frozen"], values)
                 if config["trainer"] is not None:
                     _compile(model, config["compile"], config["trainer"])
+                    if private.assigns_in_build(model.optimizer):
+                        for variable in model.optimizer.variables:
+                            given.pop(id(variable), None)
             _write_assets(model, config["assets"], extras)
             assign_rest(variables_of(model), given, values)
             _finalize(model)

@@ -154,6 +154,8 @@ class _Dump:
         self.objects: list[Any] = list(seen)
         self.variables: list[keras.Variable] = []
         self.index: dict[int, int] = {id(obj): i for i, obj in enumerate(seen)}
+        self.waiting: list[int] = []
+        self.numbered = 0
         self.predicates: dict[types.CodeType, Any] = {}
         self.backend = backends.current()[1]
         self.pickler = self.new_pickler(self.stream, self.buffers)
@@ -162,10 +164,13 @@ class _Dump:
         try:
             self.pickler.dump(self.root)
         except Exception as error:
-            raise EncodeError(f"{self.owner} cannot travel: {error}") from error
-        done = 0
-        while done < len(self.objects):  # pickling a state finds more objects
-            obj = self.objects[done]
+            found = culprit([type(self.root)], self.error_of)
+            path = f" ({found[0].removeprefix('[0]')} of its class)" if found else ""
+            raise EncodeError(f"{self.owner} cannot travel: {error}{path}") from error
+        order: list[int] = []
+        while len(order) < len(self.objects):  # pickling a state finds more objects
+            number = self.next(order)
+            obj = self.objects[number]
             try:
                 state = self.state(obj)
             except EncodeError as error:
@@ -176,10 +181,10 @@ class _Dump:
                 self.pickler.dump(state)
             except Exception as error:
                 raise EncodeError(self.blame(obj, state, error)) from error
-            done += 1
+            order.append(number)
         raw = [buffer.raw() for buffer in self.buffers]
         body = {
-            "objects": done,
+            "objects": order,
             "writeable": [not view.readonly for view in raw],
             "code": sorted(map(list, self.pickler.code.items())),
         }
@@ -187,6 +192,15 @@ class _Dump:
         extras = [stream, *(np.frombuffer(view, np.uint8) for view in raw)]
         parts: dict[Key, Any] = dict(enumerate(self.objects))
         return Description(body, self.variables, extras, lambda: parts, self.linked)
+
+    def next(self, order: list[int]) -> int:
+        """Choose the object whose state comes next: optimizers last, they name variables."""
+        self.waiting += range(self.numbered, len(self.objects))
+        self.numbered = len(self.objects)
+        for place, number in enumerate(self.waiting):
+            if not isinstance(self.objects[number], keras.Optimizer):
+                return self.waiting.pop(place)
+        return self.waiting.pop(0)
 
     def new_pickler(self, file: io.BytesIO, buffers: list[pickle.PickleBuffer]) -> ShellPickler:
         return ShellPickler(file, buffers, self.backend, self.refer, self.root, self.for_token)
@@ -210,7 +224,7 @@ class _Dump:
 
     def state(self, obj: Any) -> Any:
         """Return what fills an object's shell, as it is pickled."""
-        state = state_of(obj, self.backend)
+        state = state_of(obj, self.backend, self.variables)
         if isinstance(obj, keras.Variable) and obj._value is not None:
             state["value"] = len(self.variables)
             self.variables.append(obj)
@@ -254,7 +268,7 @@ class _Load:
         links: Sequence[Rebuilt],
     ) -> None:
         self.values = values
-        self.count = int(body["objects"])
+        self.order = [int(number) for number in body["objects"]]
         writeable = body["writeable"]
         stream, *arrays = extras
         buffers = [
@@ -270,11 +284,12 @@ class _Load:
     def run(self) -> Rebuilt:
         root = self.unpickler.load()
         filled = []
-        for number in range(self.count):
+        for number in self.order:
             state = self.unpickler.load()
             filled.append((self.shells[number], state))
             if not isinstance(state, Custom):
                 self.fill(*filled[-1])
+        mending.mend_trackers(filled)
         for shell, state in reversed(filled):  # a class's own code finds its parts filled
             if isinstance(state, Custom):
                 self.fill(shell, state)
@@ -283,9 +298,10 @@ class _Load:
         for shell, state in filled:
             self.values.backend.mend(shell, state)
         header = self.values.header
-        if private.full_name(type(root)) != header.class_name:
+        # not the whole name: a class by value arrives without its __qualname__
+        if type(root).__name__ != header.class_name.rpartition(".")[2]:
             raise DecodeError(f"{header.owner}: the pickle holds a {type(root).__qualname__}")
-        if self.shells.keys() != set(range(self.count)):
+        if sorted(self.shells) != sorted(self.order):
             raise DecodeError(
                 f"{header.owner}: the pickle is not whole: objects are missing or extra"
             )

@@ -133,6 +133,20 @@ def serialize_together(original: Callable[..., Any]) -> Callable[..., Any]:
     return serialize
 
 
+def or_keras(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Wrap what decides that a value is left to pickle, also where pickle failed on another.
+
+    distributed would take ours by its own family then, into a pickle that cannot hold
+    memoryviews (``distributed/protocol/pickle.py``, ``_DaskPickler``).
+    """
+
+    @functools.wraps(original)
+    def always_use_pickle_for(value: Any) -> bool:
+        return original(value) or _holds_keras(value, 0)
+
+    return always_use_pickle_for
+
+
 def _may_share(value: Any) -> bool:
     """Say whether a collection holds one of Keras's objects and something beside it."""
     if type(value) not in (list, tuple, set, dict) or sys.modules.get("keras") is None:

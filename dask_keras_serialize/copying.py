@@ -13,6 +13,7 @@ nests deeper than Python can recurse, and cycles close by themselves.
 from __future__ import annotations
 
 import copy
+import io
 import types
 from collections.abc import Callable
 from typing import Any
@@ -21,8 +22,8 @@ import keras
 
 from dask_keras_serialize import backends, mending, private
 from dask_keras_serialize.rebuild import rebuilding
-from dask_keras_serialize.shells import new_shell, reduces_itself
-from dask_keras_serialize.states import Custom, fill, state_of, view
+from dask_keras_serialize.shells import closed_file, new_shell, reduces_itself
+from dask_keras_serialize.states import Custom, fill, items_of, state_of, view
 
 
 def shallow(obj: Any) -> Any:
@@ -40,7 +41,9 @@ def shallow(obj: Any) -> Any:
     """
     if reduces_itself(obj.__class__):
         return _reconstruct(obj, None)
-    state = dict(vars(obj))
+    plain: Any = object.__getstate__(obj)
+    state, slots = plain if isinstance(plain, tuple) else (plain, None)
+    state = dict(state or {}) | (slots or {})
     mending.forget(obj, state)
     own: dict[int, Any] = {}
     tracker = state.get("_tracker")
@@ -57,10 +60,9 @@ def shallow(obj: Any) -> Any:
             elif type(value) in (list, dict, set):
                 own[id(value)] = copy.copy(value)
     shell = new_shell(type(obj))
-    if isinstance(obj, (dict, list, set)):
-        (list.extend if isinstance(obj, list) else type(shell).update)(shell, obj)
-    for name, value in state.items():
-        shell.__dict__[name] = own.get(id(value), value)
+    fill(shell, items_of(obj) | {name: own.get(id(v), v) for name, v in state.items()})
+    if isinstance(obj, keras.Variable):
+        shell._value = obj._value
     return shell
 
 
@@ -144,6 +146,7 @@ class _Copying:
         self.backend = backends.current()[1]
         self.waiting: list[tuple[Any, Any]] = []
         self.filled: list[tuple[Any, Any]] = []
+        self.variables: list[keras.Variable] = []
 
     def shell_of(self, obj: Any) -> Any:
         cls = type(obj)
@@ -153,24 +156,34 @@ class _Copying:
         return shell
 
     def run(self) -> None:
-        for obj, shell in self.waiting:  # copying a state finds more
-            state = state_of(obj, self.backend)
+        while self.waiting:  # copying a state finds more
+            late = (i for i, (obj, _) in enumerate(self.waiting) if not _names_variables(obj))
+            obj, shell = self.waiting.pop(next(late, 0))
+            state = state_of(obj, self.backend, self.variables)
             for value in state.values() if isinstance(state, dict) else ():
                 if isinstance(value, types.ModuleType):
                     self.memo[id(value)] = value
+                elif isinstance(value, io.IOBase) and value.closed:
+                    self.memo[id(value)] = closed_file()
             state = copy.deepcopy(state, self.memo)
             self.filled.append((shell, state))
             if not isinstance(state, Custom):
                 fill(shell, state)
             if isinstance(obj, keras.Variable) and obj._value is not None:
+                self.variables.append(obj)
                 array = view(obj, self.backend, private.describe(obj))
                 shell._initialize(self.backend.tensor(array))
+        mending.mend_trackers(self.filled)
         for shell, state in reversed(self.filled):
             if isinstance(state, Custom):
                 fill(shell, state)
         mending.mend(self.filled)
         for shell, state in self.filled:
             self.backend.mend(shell, state)
+
+
+def _names_variables(obj: Any) -> bool:
+    return isinstance(obj, keras.Optimizer)
 
 
 def _reconstruct(obj: Any, memo: dict[Any, Any] | None, reduced: Any = None) -> Any:

@@ -40,6 +40,11 @@ def layer_loss(layer: keras.Layer) -> str | None:
         layer.output_mode == "tf_idf" or isinstance(layer.input_vocabulary, str)
     ):
         return f"{where} has document frequencies, or its vocabulary in a file of this machine"
+    if isinstance(layer, private.LOOKUPS):
+        counted = getattr(layer, "token_counts", None)
+        pending = counted is not None and int(counted.size()) and not int(layer.lookup_table.size())
+        if pending or getattr(layer, "encoding", "utf-8") != "utf-8":
+            return f"{where} has counted tokens, or encodes them in another way than UTF-8"
     lost = _value_lost(layer) or _variable_lost(layer)
     if lost:
         return f"{where} has a value of {lost!r} that its config does not hold"
@@ -137,6 +142,9 @@ def model_loss(model: keras.Model) -> str | None:
     """Name the first thing of the model itself, as a layer, that its config would lose."""
     if extra := _extra(model):
         return extra
+    for name in ("stop_training", "stop_evaluating", "stop_predicting"):
+        if vars(model).get(name) and not model.compiled:
+            return f"its {name} is not in its config"
     lost = _variable_lost(model) or _structure_lost(model)
     if lost or not model.supports_jit:
         return f"its {lost or 'supports_jit'} is not in its config"

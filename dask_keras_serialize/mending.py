@@ -121,15 +121,17 @@ def _drop_keys(optimizer: Any, state: State) -> None:
         state["optimizer of each"] = [
             chosen.get(optimizer._var_key(v)) for v in optimizer._trainable_variables
         ]
+
+
+def _drop_excluded(optimizer: Any, state: State, variables: Sequence[Any]) -> None:
     excluded = state.pop("_exclude_from_weight_decay", None)
     if excluded is not None:
-        state["excluded variables"] = [
-            v for v in optimizer._trainable_variables if optimizer._var_key(v) in excluded
-        ]
+        known = {optimizer._var_key(v): v for v in (*variables, *optimizer._trainable_variables)}
+        state["excluded variables"] = [known[key] for key in sorted(excluded) if key in known]
         if len(state["excluded variables"]) != len(excluded):
             raise EncodeError(
-                f"optimizer {optimizer.name!r} excludes from weight decay variables it does "
-                "not train: build it before you send it"
+                f"optimizer {optimizer.name!r} excludes from weight decay variables that are "
+                "not sent with it: build it before you send it, or send its model"
             )
 
 
@@ -166,25 +168,64 @@ _NATIVE = (
 )
 
 
+#: Tables of what a layer was shown and has not yet made a vocabulary of.
+_COUNTS = ("token_counts", "token_document_counts")
+
+
 def _drop_table(layer: Any, state: State) -> None:
     native = [name for name in _NATIVE if state.get(name) is not None]
+    tables = {name: state[name].export() for name in _COUNTS if name in native}
+    documents = state.get("num_documents")
     for name in native:
         del state[name]
     weights = getattr(layer, "idf_weights_const", None)
     state["native attributes"] = native
     state["vocabulary of the table"] = (
-        [str(token) if isinstance(token, str) else int(token) for token in layer.get_vocabulary()],
+        _vocabulary(layer),
         None if weights is None else np.asarray(weights),
     )
+    state["counts of the table"] = (
+        {name: [part.numpy() for part in parts] for name, parts in tables.items()},
+        None if documents is None else int(documents),
+    )
+
+
+def _vocabulary(layer: Any) -> list[Any]:
+    # what get_vocabulary() does, but that it reads by the layer's encoding what
+    # TensorFlow always writes as UTF-8
+    if int(layer.lookup_table.size()) == 0:  # export() fails on one that is not initialised
+        keys = values = np.empty(0, object)
+    else:
+        keys, values = (each.numpy() for each in layer.lookup_table.export())
+    tokens, indices = (values, keys) if layer.invert else (keys, values)
+    known = dict(zip(indices.tolist(), tokens.tolist(), strict=True))
+    vocabulary = [known.get(i, layer.oov_token) for i in range(layer.vocabulary_size())]
+    if layer.mask_token is not None and layer.output_mode == "int":
+        vocabulary[0] = layer.mask_token
+    try:
+        return [t.decode("utf-8") if isinstance(t, bytes) else t for t in vocabulary]
+    except UnicodeDecodeError as error:
+        raise EncodeError(
+            f"layer {layer.name!r} has a token in its vocabulary that is not UTF-8 ({error}): "
+            "give it a vocabulary of str"
+        ) from None
 
 
 def _mend_table(layer: Any, state: State) -> None:
     native = vars(layer).pop("native attributes")
     vocabulary, weights = vars(layer).pop("vocabulary of the table")
-    config = layer.get_config() | {"vocabulary": None, "name": layer.name}
-    twin = type(layer).from_config(config | ({"idf_weights": None} if weights is not None else {}))
+    counts, documents = vars(layer).pop("counts of the table")
+    # Keras's own class: a user's may be made of other arguments
+    cls: Any = next(base for base in type(layer).__mro__ if base in LOOKUPS)
+    config = cls.get_config(layer) | {"vocabulary": None, "name": layer.name}
+    twin = cls.from_config(config | ({"idf_weights": None} if weights is not None else {}))
     if "lookup_table" in native and len(vocabulary) > twin.vocabulary_size():
         twin.set_vocabulary(vocabulary, *(() if weights is None else (weights,)))
+    for name, parts in counts.items():
+        if name in vars(twin) and len(parts[0]):
+            getattr(twin, name).insert(*parts)
+    if documents and "num_documents" in vars(twin):
+        twin.num_documents.assign(documents)
     for name in native:
         if name in vars(twin):
             setattr(layer, name, getattr(twin, name))
@@ -210,11 +251,22 @@ MENDERS = (
 )
 
 
-def drop(obj: Any, state: State) -> None:
-    """Leave out of an object's state what it can derive again, and write ids by place."""
+def drop(obj: Any, state: State, variables: Sequence[Any] = ()) -> None:
+    """Leave out of an object's state what it can derive again, and write ids by place.
+
+    Parameters
+    ----------
+    obj : object
+    state : dict
+        Changed.
+    variables : sequence of keras.Variable
+        Those that travel with it, as far as they are known.
+    """
     for mender in MENDERS:
         if isinstance(obj, mender.cls):
             mender.drop(obj, state)
+    if isinstance(obj, keras.optimizers.Optimizer):
+        _drop_excluded(obj, state, variables)
 
 
 def forget(obj: Any, state: State) -> None:
@@ -226,6 +278,13 @@ def forget(obj: Any, state: State) -> None:
     ):
         if isinstance(obj, cls):
             leave_out(obj, state)
+
+
+def mend_trackers(filled: Sequence[tuple[Any, Any]]) -> None:
+    """Let trackers track again, for code that sets attributes before all is mended."""
+    for obj, state in filled:
+        if isinstance(obj, Tracker):
+            _mend_ids(obj, state)
 
 
 def mend(filled: Sequence[tuple[Any, State]]) -> None:

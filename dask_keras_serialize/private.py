@@ -246,6 +246,17 @@ def compile_arguments(model: keras.Model) -> dict[str, Any]:
     return arguments
 
 
+def assigns_in_build(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Say whether building an optimizer changes slots that it has created.
+
+    ScheduleFreeAdamW starts a slot from its variable
+    (``keras/src/optimizers/schedule_free_adamw.py``).
+    """
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    builds = (vars(cls).get("build") for cls in type(inner).__mro__)
+    return any("assign" in build.__code__.co_names for build in builds if build is not None)
+
+
 def trained_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
     """Return the variables an optimizer was built for."""
     inner = getattr(optimizer, "inner_optimizer", optimizer)

@@ -125,20 +125,11 @@ def values_at_creation(values: Values) -> Iterator[Given]:
                 return
         original(variable, initializer)
 
-    assign = cls.assign
-
-    def reassign(variable: keras.Variable, value: Any) -> Any:
-        # a slot that starts as a copy of its variable (ScheduleFreeAdamW)
-        given.pop(id(variable), None)
-        return assign(variable, value)
-
     cls._initialize_with_initializer = initialize
-    cls.assign = reassign
     try:
         yield given
     finally:
         cls._initialize_with_initializer = original
-        cls.assign = assign
 
 
 def assign_rest(variables: Sequence[keras.Variable], given: Given, values: Values) -> None:

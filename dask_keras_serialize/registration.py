@@ -46,6 +46,7 @@ import wrapt
 from dask_keras_serialize.cluster import (
     announce,
     explain_error,
+    or_keras,
     serialize_together,
     wrap_client,
 )
@@ -166,6 +167,18 @@ def _take_alignment(numpy_pickle: Any) -> None:
     _before["alignment"] = restore
 
 
+def _take_pickler(pickle: Any) -> None:
+    if "pickler" in _before or not hasattr(pickle, "_always_use_pickle_for"):
+        return
+    original = pickle._always_use_pickle_for
+
+    def restore() -> None:
+        pickle._always_use_pickle_for = original
+
+    _before["pickler"] = restore
+    pickle._always_use_pickle_for = or_keras(original)
+
+
 def _take_collections(serialize: Any) -> None:
     if "collections" in _before or not hasattr(serialize, "serialize"):
         return
@@ -266,6 +279,7 @@ _TAKERS: dict[str, Callable[[Any], None]] = {
     "dask.tokenize": _take_tokens,
     "distributed.protocol": _take_serializers,
     "distributed.protocol.serialize": _take_collections,
+    "distributed.protocol.pickle": _take_pickler,
     "distributed.comm.tcp": _take_buffers,
     "distributed.client": _take_client,
     "keras": _take_keras,

@@ -92,6 +92,10 @@ class ShellPickler(cloudpickle.Pickler):  # type: ignore[misc]
         reduced = self._backend.reduce(obj)
         if reduced is not None:
             return reduced
+        if isinstance(obj, io.IOBase) and not isinstance(obj, (io.BytesIO, io.StringIO)):
+            if not obj.closed:  # cloudpickle would send a copy of what it can read of it
+                raise pickle.PicklingError("an open file stays where it is")
+            return closed_file, ()
         reduced = super().reducer_override(obj)
         if isinstance(obj, (type, types.FunctionType)):
             self._note(obj, "reference" if reduced is NotImplemented else "value")
@@ -159,6 +163,13 @@ class ShellUnpickler(pickle.Unpickler):
                 raise DecodeError(f"{cls.__qualname__} is not a Keras class")
             self._shells[reference] = shell
         return shell
+
+
+def closed_file() -> io.StringIO:
+    """Return what stands for a closed file: a closed one."""
+    file = io.StringIO()
+    file.close()
+    return file
 
 
 def new_shell(cls: type) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -30,7 +31,7 @@ class Custom:
         self.state = state
 
 
-def state_of(obj: Any, backend: Backend) -> Any:
+def state_of(obj: Any, backend: Backend, variables: Sequence[Any] = ()) -> Any:
     """Return what fills an object's shell.
 
     Parameters
@@ -38,6 +39,8 @@ def state_of(obj: Any, backend: Backend) -> Any:
     obj : object
         One of Keras's, or of ``backend.SHELLS``.
     backend : Backend
+    variables : sequence of keras.Variable
+        Those that travel with it, as far as they are known.
 
     Returns
     -------
@@ -60,10 +63,8 @@ def state_of(obj: Any, backend: Backend) -> Any:
         state, slots = plain if isinstance(plain, tuple) else (plain, None)
         state = (state or {}) | (slots or {})
     if isinstance(state, dict):
-        state = dict(state)
-        if isinstance(obj, (dict, list, set)):
-            state[_ITEMS] = list(obj.items() if isinstance(obj, dict) else obj)
-        mending.drop(obj, state)
+        state = dict(state) | items_of(obj)
+        mending.drop(obj, state, variables)
         backend.drop(obj, state)
     if own_method(type(obj), "__setstate__"):
         return Custom(state)
@@ -73,6 +74,24 @@ def state_of(obj: Any, backend: Backend) -> Any:
             f"returns a {type(state).__name__}: give it a __setstate__ that takes it"
         )
     return state
+
+
+def items_of(obj: Any) -> State:
+    """Return the items of an object that is a container too, as part of its state.
+
+    Raises
+    ------
+    EncodeError
+        If it is a number, a string or a tuple too, which nothing can fill later.
+    """
+    if isinstance(obj, (int, float, complex, str, bytes, tuple, frozenset)):
+        raise EncodeError(
+            f"{private.describe(obj)} is a {type(obj).__mro__[-2].__name__} too, which cannot "
+            "travel: give its class a __reduce__"
+        )
+    if isinstance(obj, (dict, list, set)):
+        return {_ITEMS: list(obj.items() if isinstance(obj, dict) else obj)}
+    return {}
 
 
 def fill(shell: Any, state: State | Custom) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.eager.polymorphic_function.polymorphic_function import Function as _Function
 from tensorflow.python.trackable.data_structures import ListWrapper, _DictWrapper
 
 from dask_keras_serialize.backends import Array
@@ -128,7 +129,7 @@ def version() -> str:
 TENSORS = (type(tf.constant(0)),)
 
 #: Classes that :func:`reduce` knows, and that copy themselves in a way of their own.
-REDUCED = (_DictWrapper,)
+REDUCED = (_DictWrapper, _Function)
 
 #: Classes of TensorFlow's own that become shells beside Keras's, when by value.
 SHELLS = (ListWrapper,)
@@ -146,9 +147,19 @@ def reduce(obj: Any) -> tuple[Any, ...] | None:
     if isinstance(obj, TENSORS):  # past copyreg's table, where it is a parcel of its own
         reduced: tuple[Any, ...] = obj.__reduce__()
         return reduced
+    if isinstance(obj, _Function):
+        # what it has traced holds graphs; a clone has traced nothing
+        clone = obj._clone(None)
+        return _function, (clone.python_function, clone.__getstate__())
     if isinstance(obj, _DictWrapper):
         return dict, (), None, None, iter(obj.items())
     return None
+
+
+def _function(python_function: Any, state: _State) -> Any:
+    function = tf.function(python_function)
+    function.__setstate__(state | {"_python_function": python_function})
+    return function
 
 
 def drop(obj: Any, state: _State) -> None:
