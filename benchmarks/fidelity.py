@@ -28,6 +28,19 @@ from tests.routes import ROUTES, make, use
 DOCUMENT = Path(__file__).parent.parent / "docs" / "fidelity.md"
 KERAS = "Keras's pickle"
 
+LIMITS = """## What to know
+
+- A Keras object is pickled as a parcel of its own. What parcels of one pickle share of Keras's
+  objects arrives shared; a plain Python object (a list, an array, an instance of your class) that
+  a Keras object shares with something outside of it arrives twice. `copy.deepcopy` keeps both.
+- A class that the other side cannot import travels by value, and is there a class of its own:
+  `isinstance` with another definition of it is false.
+- A layer arrives without the calls that were made of it outside of what travels: a lone layer
+  has no `output`.
+- Keras's plain helpers (scopes, `InputSpec`, `DeviceMesh` and its like) pickle as they do without
+  this package, which imports Keras where they are opened.
+"""
+
 Outcome = str | None  # what went wrong
 
 
@@ -167,7 +180,7 @@ def document(
             total[key] += count
     cells = [total["objects"], *(total[route] for route in routes)]
     lines.append(f"| **all** | {' | '.join(f'**{cell}**' for cell in cells)} |")
-    lines += ["", "## What Keras's own pickle loses or breaks", ""]
+    lines += ["", LIMITS, "## What Keras's own pickle loses or breaks", ""]
     lines += ["Each of these arrives as it left by every route of this package."]
     group = ""
     for each, name, fault in sorted(faults[KERAS], key=lambda fault: _order(list(counts), fault)):

@@ -28,8 +28,9 @@ class BrokenObject:
         # what Python, Dask and notebooks ask of any object
         if name.startswith(("__", "_repr_", "_ipython_")):
             raise AttributeError(name)
-        # not the error: a bound method is got while the task that calls it is unpickled
-        return BrokenObject(self._error)
+        if _read_by_worker():  # a bound method, got while the task that calls it is unpickled
+            return BrokenObject(self._error)
+        raise self._error
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Raise what opening the model raised."""
@@ -72,6 +73,6 @@ def caller(module: str, function: str) -> dict[str, Any] | None:
 def _read_by_worker() -> bool:
     """Say whether a worker's comm is what unpickles (``distributed/comm/utils.py``)."""
     worker = sys.modules.get("distributed.worker")
-    if worker is None or not worker.Worker._instances:
+    if worker is None or all(w.status.name == "closed" for w in worker.Worker._instances):
         return False
     return caller("distributed.comm.utils", "_from_frames") is not None

@@ -167,10 +167,9 @@ class _Dump:
             found = culprit([type(self.root)], self.error_of)
             path = f" ({found[0].removeprefix('[0]')} of its class)" if found else ""
             raise EncodeError(f"{self.owner} cannot travel: {error}{path}") from error
-        order: list[int] = []
-        while len(order) < len(self.objects):  # pickling a state finds more objects
-            number = self.next(order)
-            obj = self.objects[number]
+        done = 0
+        while done < len(self.objects):  # pickling a state finds more objects
+            obj = self.objects[self.next()]
             try:
                 state = self.state(obj)
             except EncodeError as error:
@@ -178,13 +177,14 @@ class _Dump:
             if self.for_token and isinstance(state, dict):
                 state = dict(sorted(state.items()))  # what was mended comes last
             try:
-                self.pickler.dump(state)
+                # with the object: one seen in an earlier pickle may not be named before
+                self.pickler.dump((obj, state))
             except Exception as error:
                 raise EncodeError(self.blame(obj, state, error)) from error
-            order.append(number)
+            done += 1
         raw = [buffer.raw() for buffer in self.buffers]
         body = {
-            "objects": order,
+            "objects": done,
             "writeable": [not view.readonly for view in raw],
             "code": sorted(map(list, self.pickler.code.items())),
         }
@@ -193,7 +193,7 @@ class _Dump:
         parts: dict[Key, Any] = dict(enumerate(self.objects))
         return Description(body, self.variables, extras, lambda: parts, self.linked)
 
-    def next(self, order: list[int]) -> int:
+    def next(self) -> int:
         """Choose the object whose state comes next: optimizers last, they name variables."""
         self.waiting += range(self.numbered, len(self.objects))
         self.numbered = len(self.objects)
@@ -268,7 +268,7 @@ class _Load:
         links: Sequence[Rebuilt],
     ) -> None:
         self.values = values
-        self.order = [int(number) for number in body["objects"]]
+        self.count = int(body["objects"])
         writeable = body["writeable"]
         stream, *arrays = extras
         buffers = [
@@ -284,9 +284,9 @@ class _Load:
     def run(self) -> Rebuilt:
         root = self.unpickler.load()
         filled = []
-        for number in self.order:
-            state = self.unpickler.load()
-            filled.append((self.shells[number], state))
+        for _ in range(self.count):
+            shell, state = self.unpickler.load()
+            filled.append((shell, state))
             if not isinstance(state, Custom):
                 self.fill(*filled[-1])
         mending.mend_trackers(filled)
@@ -301,7 +301,7 @@ class _Load:
         # not the whole name: a class by value arrives without its __qualname__
         if type(root).__name__ != header.class_name.rpartition(".")[2]:
             raise DecodeError(f"{header.owner}: the pickle holds a {type(root).__qualname__}")
-        if sorted(self.shells) != sorted(self.order):
+        if sorted(map(id, self.shells.values())) != sorted(id(shell) for shell, _ in filled):
             raise DecodeError(
                 f"{header.owner}: the pickle is not whole: objects are missing or extra"
             )

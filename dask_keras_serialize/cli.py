@@ -14,6 +14,10 @@ from dask_keras_serialize import views
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.inside import inspect as find
 from dask_keras_serialize.packed import Parcel
+from dask_keras_serialize.registration import imported_by_dask, leave_to_user
+
+if imported_by_dask():  # in every process that the command ``dask`` starts
+    leave_to_user()
 
 
 @click.group()

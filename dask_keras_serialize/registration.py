@@ -83,8 +83,12 @@ def on_dask_import(sizeof: Any) -> None:
     if config.get(f"{FORMAT}.register", True):
         register()
     else:
-        # dask imported the package, not the user: let an import by the user still
-        # run, and register
+        leave_to_user()
+
+
+def leave_to_user() -> None:
+    """Let an import by the user still run, and register: dask imported us, not the user."""
+    if _registered is None:
         sys.modules.pop("dask_keras_serialize", None)
 
 
@@ -92,7 +96,7 @@ def imported_by_dask() -> bool:
     """Say whether dask's entry points are what is importing the package right now."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_globals.get("__name__") == "dask.sizeof":
+        if frame.f_globals.get("__name__") in ("dask.sizeof", "dask.cli"):
             return True
         frame = frame.f_back
     return False

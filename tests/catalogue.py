@@ -158,7 +158,11 @@ def layer(make: Callable[[], Any], *args: Any, adapt: Any = None) -> Citizen:
     def use(obj: Any) -> Any:
         random.seed(1)  # AugMix draws from it besides its own seed
         calls = [(plain(obj(*args, **mode)), plain(obj.losses)) for mode in modes(obj)]
-        return calls, plain(obj.variables)
+        said = plain(obj.get_config()) | attributes(obj) | {"policy": obj.dtype_policy.name}
+        for name in [name for name in said if name.startswith("_self_")]:
+            del said[name]  # TensorFlow's own, made when asked for
+        said.pop("filepath", None)  # a replica of TFSMLayer has the files in a folder of its own
+        return calls, plain(obj.variables), said, obj.trainable, obj.path
 
     return Citizen(made, use)
 

@@ -468,3 +468,19 @@ def is_registered():
     import sys  # importing the package would register it
 
     return sys.modules["dask_keras_serialize.registration"].registered()
+
+
+def test_a_method_of_what_cannot_be_opened_fails_its_task(client):
+    """It is looked up while the worker unpickles the task, which must not fail."""
+    cloudpickle.unregister_pickle_by_value(zoo)
+    try:
+        model = zoo.build("subclassed")
+        with pytest.raises(DecodeError, match="module 'tests'"):
+            client.submit(model.predict, zoo.X, pure=False).result(timeout=60)
+        # nor may it come back as a result
+        with pytest.raises(Exception, match="module 'tests'"):
+            client.submit(identity, model, pure=False).result(timeout=60)
+    finally:
+        cloudpickle.register_pickle_by_value(zoo)
+    assert client.submit(sum, [1, 2], pure=False).result(timeout=60) == 3
+    assert len(client.scheduler_info(n_workers=-1)["workers"]) == 2
