@@ -1,6 +1,6 @@
 """What arrives as it left, object by object and route by route, beside Keras's own pickle.
 
-Writes docs/fidelity.md. Run it by ``make fidelity``; it takes a ten minutes. Every public
+Writes docs/fidelity.md. Run it by ``make fidelity``; it takes ten minutes. Every public
 class of Keras in the tests' catalogue is made and used, sent, and used again beside the
 original: each result must be equal to the bit. The models of the tests' zoo are compared
 variable by variable, and those that were trained are trained on.

@@ -3,8 +3,8 @@
 Installed, the package registers by itself: ``dask.sizeof`` is the one group of entry
 points that Dask loads in every process on import, client, scheduler, nanny and worker
 (``dask/sizeof.py``; there is none for serializers, distributed#3831). Its hook waits
-for ``keras``, ``distributed.protocol``, ``distributed.comm.tcp``, ``distributed.client``
-and ``distributed.worker`` to be imported, whichever comes first, and imports none itself.
+for ``keras``, ``distributed`` and the other modules below to be imported, whichever comes
+first, and imports none itself.
 
 What is taken, and what of it is private (each has a test that fails when it moves):
 
@@ -13,7 +13,16 @@ What is taken, and what of it is private (each has a test that fails when it mov
   Model were cached under while it stood: ``Dispatch._lazy`` and ``Dispatch._lookup``
   (``dask/utils.py``).
 - ``sizeof`` and ``normalize_token``, public.
-- ``keras.Model.__reduce_ex__``, see :mod:`dask_keras_serialize.pickling`.
+- ``__reduce_ex__``, ``__copy__`` and ``__deepcopy__`` of Keras's base classes, ``__reduce__``
+  of the one that has it, see :mod:`dask_keras_serialize.pickling`; and what scikeras puts on
+  ``keras.Model`` as ``__deepcopy__``, which is taken off.
+- ``serialize`` of ``distributed.protocol.serialize``, which takes collections apart, and
+  ``_always_use_pickle_for`` of ``distributed.protocol.pickle``, see
+  :mod:`dask_keras_serialize.cluster`. Where they are not found, what items of a collection
+  share is not kept, or a list is refused that Dask could send.
+- The default alignment of arrays in joblib's files (``NumpyArrayWrapper`` of
+  ``joblib.numpy_pickle``, which writes it beside each array so that it may be changed):
+  64 bytes, not 16, so that mapped weights are used where they lie. Else they are copied.
 - ``host_array`` of ``distributed.comm.tcp`` and ``distributed.protocol.utils``: makes
   the buffers that comms receive into. Ours are the same, but aligned, so that backends
   use them in place (:func:`dask_keras_serialize.frames.host_array`). Where it is not
