@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-_ASIDE = threading.RLock()
+#: Held while Keras's source of random numbers is ours, which is for all of a rebuild.
+LOCK = threading.RLock()
 
 
 @contextmanager
 def aside() -> Iterator[None]:
     """Make objects of Keras's that are nobody's: no seed is drawn for them, no name used up."""
-    with _ASIDE, own_random():
+    with own_random():
         try:
             state = import_module("keras.src.backend.common.global_state")
             names = state.get_global_attribute("object_name_uids")
@@ -39,19 +40,21 @@ def aside() -> Iterator[None]:
 def own_random() -> Iterator[None]:
     """Let this thread's unseeded initializers and seeds draw from numbers of their own.
 
-    Python's global state is left alone, for this thread and for others.
+    Python's global state is left alone, for this thread and for others. One thread at a
+    time: two that put back what they found in turn would leave one's numbers in place.
     """
-    try:
-        seed_generator: Any = import_module("keras.src.random.seed_generator")
-        original = seed_generator.python_random
-    except (ImportError, AttributeError):
-        yield
-        return
-    seed_generator.python_random = _Draws(original)
-    try:
-        yield
-    finally:
-        seed_generator.python_random = original
+    with LOCK:
+        try:
+            seed_generator: Any = import_module("keras.src.random.seed_generator")
+            original = seed_generator.python_random
+        except (ImportError, AttributeError):
+            yield
+            return
+        seed_generator.python_random = _Draws(original)
+        try:
+            yield
+        finally:
+            seed_generator.python_random = original
 
 
 class _Draws:

@@ -31,9 +31,6 @@ from dask_keras_serialize.header import ITEMSIZE, STRING, Header
 #: ``id(variable)`` to the index of its value, and the variable, so that the id stays its.
 Given = dict[int, tuple[int, keras.Variable]]
 
-#: Held for the whole of every rebuild in this process.
-LOCK = threading.RLock()
-
 
 class Values:
     """The variables' values of one packed model.
@@ -71,8 +68,8 @@ class Values:
 
 @contextmanager
 def rebuilding() -> Iterator[None]:
-    """Hold the lock and the garbage collector; draw random numbers apart."""
-    with LOCK, own_random():
+    """Hold the lock, ``aside.LOCK``, and the garbage collector; draw random numbers apart."""
+    with own_random():
         collects = gc.isenabled()
         gc.disable()
         try:

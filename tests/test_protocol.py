@@ -11,8 +11,10 @@ import msgpack
 import numpy as np
 import pytest
 from keras import layers
+from keras.src.random import seed_generator
 
 from dask_keras_serialize import backends, frames, rebuild
+from dask_keras_serialize.aside import aside
 from dask_keras_serialize.by_config import variables_of
 from dask_keras_serialize.errors import DecodeError, EncodeError
 from dask_keras_serialize.header import Header
@@ -186,6 +188,29 @@ def test_other_threads_keep_their_random_numbers():
     done.set()
     thread.join()
     assert len(set(drawn)) == len(drawn)
+
+
+def test_sending_and_receiving_at_once_leave_random_numbers_alone():
+    """Each puts numbers of its own in place of Python's, and puts back what it found."""
+    receiving, sent = threading.Event(), threading.Event()
+
+    def receive():
+        with rebuild.rebuilding():
+            receiving.set()
+            sent.wait(0.5)  # as long as it would take the other to come in between
+
+    def send():
+        receiving.wait()
+        with aside():
+            sent.set()
+            thread.join(0.5)
+
+    thread, other = threading.Thread(target=receive), threading.Thread(target=send)
+    thread.start()
+    other.start()
+    thread.join()
+    other.join()
+    assert seed_generator.python_random is random
 
 
 def test_a_model_in_training_is_sent_whole_or_refused():
