@@ -75,7 +75,7 @@ def dump(model: keras.Model) -> Description | str:
         "model": config,
         "policy": keras.dtype_policies.serialize(model.dtype_policy),
         "floatx": keras.config.floatx(),
-        "frozen": _frozen(model),
+        "frozen": [i for i, layer in enumerate(layers) if not layer.trainable],
         "seeds": [(i, name, each.seed) for i, name, each in private.unseeded(layers)],
         "paths": [vars(layer).get("_path") for layer in layers],
         "compile": compile_config,
@@ -199,12 +199,6 @@ def _defaults(policy: dict[str, Any], floatx: str) -> Iterator[None]:
         keras.config.set_dtype_policy(before)
         if before_x != floatx:
             keras.config.set_floatx(before_x)
-
-
-def _frozen(model: keras.Model) -> list[int]:
-    """Return the places of all layers, the model first, that are not trainable."""
-    layers = [model, *private.flatten_layers(model)]
-    return [i for i, layer in enumerate(layers) if not layer.trainable]
 
 
 def _remember(model: keras.Model, seeds: list[tuple[int, str, int]], paths: list[Any]) -> None:

@@ -30,7 +30,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from dask_keras_serialize import backends, mending, private
+from dask_keras_serialize import backends, private
 from dask_keras_serialize.backends import Array
 from dask_keras_serialize.blame import culprit
 from dask_keras_serialize.errors import DecodeError, EncodeError
@@ -38,7 +38,7 @@ from dask_keras_serialize.parts import Description, Key, Rebuilt, Reference
 from dask_keras_serialize.private import MISSING, Tracker
 from dask_keras_serialize.rebuild import Values, check_fits, rebuilding
 from dask_keras_serialize.shells import ShellPickler, ShellUnpickler
-from dask_keras_serialize.states import Custom, fill, state_of
+from dask_keras_serialize.states import Custom, complete, fill, next_place, state_of
 
 
 def dump(
@@ -194,13 +194,10 @@ class _Dump:
         return Description(body, self.variables, extras, lambda: parts, self.linked)
 
     def next(self) -> int:
-        """Choose the object whose state comes next: optimizers last, they name variables."""
+        """Choose the object whose state comes next."""
         self.waiting += range(self.numbered, len(self.objects))
         self.numbered = len(self.objects)
-        for place, number in enumerate(self.waiting):
-            if not isinstance(self.objects[number], keras.Optimizer):
-                return self.waiting.pop(place)
-        return self.waiting.pop(0)
+        return self.waiting.pop(next_place(self.objects[number] for number in self.waiting))
 
     def new_pickler(self, file: io.BytesIO, buffers: list[pickle.PickleBuffer]) -> ShellPickler:
         return ShellPickler(file, buffers, self.backend, self.refer, self.root, self.for_token)
@@ -212,9 +209,9 @@ class _Dump:
             return number
         if id(obj) in self.links:
             parcel, key = self.links[id(obj)]
-            if not any(parcel is each for each in self.linked):
+            if parcel not in self.linked:
                 self.linked.append(parcel)
-            return next(i for i, each in enumerate(self.linked) if each is parcel), key
+            return self.linked.index(parcel), key
         # caches __slotnames__ on the class, which changes the class's own pickle:
         # now, or tokens would differ from the first to the second (as in dask/tokenize.py)
         copyreg._slotnames(type(obj))  # type: ignore[attr-defined]
@@ -289,14 +286,7 @@ class _Load:
             filled.append((shell, state))
             if not isinstance(state, Custom):
                 self.fill(*filled[-1])
-        mending.mend_trackers(filled)
-        for shell, state in reversed(filled):  # a class's own code finds its parts filled
-            if isinstance(state, Custom):
-                self.fill(shell, state)
-        # what is derived from other objects comes last, when all are filled
-        mending.mend(filled)
-        for shell, state in filled:
-            self.values.backend.mend(shell, state)
+        complete(filled, self.values.backend)
         header = self.values.header
         # not the whole name: a class by value arrives without its __qualname__
         if type(root).__name__ != header.class_name.rpartition(".")[2]:

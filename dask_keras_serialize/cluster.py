@@ -156,7 +156,7 @@ def _may_share(value: Any) -> bool:
     return len(beside) > 1 and any(_holds_keras(item, 2) for item in beside)
 
 
-_PLAIN = (str, bytes, int, float, bool, complex, type(None), np.ndarray)
+_PLAIN = frozenset({str, bytes, int, float, bool, complex, type(None), np.ndarray})
 
 
 def _holds_keras(value: Any, depth: int = 3) -> bool:

@@ -23,7 +23,16 @@ import keras
 from dask_keras_serialize import backends, mending, private
 from dask_keras_serialize.rebuild import rebuilding
 from dask_keras_serialize.shells import closed_file, new_shell, reduces_itself
-from dask_keras_serialize.states import Custom, fill, items_of, state_of, view
+from dask_keras_serialize.states import (
+    Custom,
+    attributes_of,
+    complete,
+    fill,
+    items_of,
+    next_place,
+    state_of,
+    view,
+)
 
 
 def shallow(obj: Any) -> Any:
@@ -41,9 +50,7 @@ def shallow(obj: Any) -> Any:
     """
     if reduces_itself(obj.__class__):
         return _reconstruct(obj, None)
-    plain: Any = object.__getstate__(obj)
-    state, slots = plain if isinstance(plain, tuple) else (plain, None)
-    state = dict(state or {}) | (slots or {})
+    state = attributes_of(obj)
     mending.forget(obj, state)
     own: dict[int, Any] = {}
     tracker = state.get("_tracker")
@@ -157,8 +164,7 @@ class _Copying:
 
     def run(self) -> None:
         while self.waiting:  # copying a state finds more
-            late = (i for i, (obj, _) in enumerate(self.waiting) if not _names_variables(obj))
-            obj, shell = self.waiting.pop(next(late, 0))
+            obj, shell = self.waiting.pop(next_place(obj for obj, _ in self.waiting))
             state = state_of(obj, self.backend, self.variables)
             for value in state.values() if isinstance(state, dict) else ():
                 if isinstance(value, types.ModuleType):
@@ -173,17 +179,7 @@ class _Copying:
                 self.variables.append(obj)
                 array = view(obj, self.backend, private.describe(obj))
                 shell._initialize(self.backend.tensor(array))
-        mending.mend_trackers(self.filled)
-        for shell, state in reversed(self.filled):
-            if isinstance(state, Custom):
-                fill(shell, state)
-        mending.mend(self.filled)
-        for shell, state in self.filled:
-            self.backend.mend(shell, state)
-
-
-def _names_variables(obj: Any) -> bool:
-    return isinstance(obj, keras.Optimizer)
+        complete(self.filled, self.backend)
 
 
 def _reconstruct(obj: Any, memo: dict[Any, Any] | None, reduced: Any = None) -> Any:

@@ -36,11 +36,9 @@ def layer_loss(layer: keras.Layer) -> str | None:
         return f"{where} is quantized or carries LoRA factors"
     if getattr(layer, "stateful", False):
         return f"{where} is stateful"
-    if isinstance(layer, private.LOOKUPS) and (
-        layer.output_mode == "tf_idf" or isinstance(layer.input_vocabulary, str)
-    ):
-        return f"{where} has document frequencies, or its vocabulary in a file of this machine"
     if isinstance(layer, private.LOOKUPS):
+        if layer.output_mode == "tf_idf" or isinstance(layer.input_vocabulary, str):
+            return f"{where} has document frequencies, or its vocabulary in a file of this machine"
         counted = getattr(layer, "token_counts", None)
         pending = counted is not None and int(counted.size()) and not int(layer.lookup_table.size())
         if pending or getattr(layer, "encoding", "utf-8") != "utf-8":
@@ -76,11 +74,6 @@ def _variable_lost(layer: keras.Layer) -> str | None:
             ours, theirs = (keras.ops.convert_to_numpy(each) for each in (ours, theirs))
             if not np.array_equal(ours.ravel(), theirs.ravel()):
                 return used
-    for name, value in vars(layer).items():
-        if isinstance(value, keras.Initializer) and not isinstance(
-            getattr(value, "seed", 0), (int, type(None))
-        ):
-            return str(name)
     summary = getattr(layer, "summary", None)  # Discretization's, of what it was shown
     if isinstance(summary, np.ndarray) and summary.size:
         return "summary"
@@ -112,6 +105,10 @@ def _value_lost(layer: keras.Layer) -> str | None:
             continue
         if lost := argument_lost(value):
             return f"{name}.{lost}"
+        if isinstance(value, keras.Initializer) and not isinstance(
+            getattr(value, "seed", 0), (int, type(None))
+        ):
+            return f"{name}.seed"
         if name.endswith(("_regularizer", "_constraint")) and name != "activity_regularizer":
             rules.add(id(value))
     if layer.built:

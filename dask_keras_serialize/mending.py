@@ -231,23 +231,21 @@ def _mend_table(layer: Any, state: State) -> None:
             setattr(layer, name, getattr(twin, name))
 
 
-def _mend_ids(tracker: Any, state: State) -> None:
-    tracker.stored_ids = {
-        name: {id(item) for item in store} for name, (_, store) in tracker.config.items()
-    }
-
-
-#: In the order in which objects are mended.
-MENDERS = (
+#: What belongs to one object alone, and that a copy of it does not have either.
+OWN = (
     _Mender(keras.Layer, _drop_wrappers),
     _Mender(keras.Operation, _drop_calls),
-    _Mender(LOOKUPS, _drop_table, _mend_table),
     _Mender(keras.Model, _drop_functions),
+)
+
+#: In the order in which objects are mended. Trackers come before, see :func:`mend_trackers`.
+MENDERS = (
+    *OWN,
+    _Mender(LOOKUPS, _drop_table, _mend_table),
     _Mender(keras.optimizers.Optimizer, _drop_keys, _mend_keys),
     _Mender(Node, _drop_place, _mend_node),
     _Mender(keras.KerasTensor, _drop_history, _mend_history),
     _Mender(Function, _drop_nodes, _mend_nodes),
-    _Mender(Tracker, mend=_mend_ids),
 )
 
 
@@ -271,20 +269,18 @@ def drop(obj: Any, state: State, variables: Sequence[Any] = ()) -> None:
 
 def forget(obj: Any, state: State) -> None:
     """Leave out of an object's state only what belongs to that very object."""
-    for cls, leave_out in (
-        (keras.Layer, _drop_wrappers),
-        (keras.Operation, _drop_calls),
-        (keras.Model, _drop_functions),
-    ):
-        if isinstance(obj, cls):
-            leave_out(obj, state)
+    for mender in OWN:
+        if isinstance(obj, mender.cls):
+            mender.drop(obj, state)
 
 
 def mend_trackers(filled: Sequence[tuple[Any, Any]]) -> None:
-    """Let trackers track again, for code that sets attributes before all is mended."""
-    for obj, state in filled:
+    """Let trackers track again, before any code sets an attribute."""
+    for obj, _ in filled:
         if isinstance(obj, Tracker):
-            _mend_ids(obj, state)
+            obj.stored_ids = {
+                name: {id(item) for item in store} for name, (_, store) in obj.config.items()
+            }
 
 
 def mend(filled: Sequence[tuple[Any, State]]) -> None:

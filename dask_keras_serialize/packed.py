@@ -113,18 +113,15 @@ class Parcel:
 
     def part(self, key: Key | None) -> Any:
         """Return the object (None) or one of its parts; all of a pickle share them."""
-        if self._rebuilt is None:
-            memo = {id(link): link.shared() for link in self.links}
-            self._rebuilt = self.rebuild(memo)
-        part = self._rebuilt.part(key)
+        part = self.shared().part(key)
         if part is None:
             raise DecodeError(f"{self.header.owner}: it has no part {key} here")
         return part
 
     def shared(self) -> Rebuilt:
         """Rebuild the object once for all that are pickled with it."""
-        self.part(None)
-        assert self._rebuilt is not None
+        if self._rebuilt is None:
+            self._rebuilt = self.rebuild({id(link): link.shared() for link in self.links})
         return self._rebuilt
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

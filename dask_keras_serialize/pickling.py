@@ -73,9 +73,6 @@ class _Sending:
         return receive, (packed, tuple(links), *arrays)
 
 
-_None = type(None)
-
-
 class _Alive:
     """The parcels that picklers of one thread keep alive, and what they hold."""
 
@@ -99,12 +96,14 @@ class _Alive:
         return None if holder is None else (holder, key)
 
     def _name(self, sending: _Sending, parts: Mapping[Any, Any]) -> None:
-        # policies: all objects share the same ones, and nobody changes them
-        own = {k: v for k, v in parts.items() if not isinstance(v, (keras.DTypePolicy, _None))}
-        new = {id(part): key for key, part in own.items()}
-        new = {number: key for number, key in new.items() if number not in self._index}
-        self._index |= {number: (ref(sending), key) for number, key in new.items()}
-        finalize(sending, self._forget, list(new), None in parts).atexit = False
+        numbers = []
+        for key, part in parts.items():
+            # policies: all objects share the same ones, and nobody changes them
+            named = part is None or isinstance(part, keras.DTypePolicy) or id(part) in self._index
+            if not named:
+                self._index[id(part)] = ref(sending), key
+                numbers.append(id(part))
+        finalize(sending, self._forget, numbers, None in parts).atexit = False
 
     def _forget(self, numbers: list[int], root: bool) -> None:
         self.count -= root
@@ -180,19 +179,12 @@ def reduce_by_default(obj: Any) -> Any:
     return take, _alive().find(id(obj)) or (_Sending(obj), None)
 
 
-def _tensors() -> tuple[type, ...]:
-    try:
-        return backends.current()[1].TENSORS
-    except KerasSerializeError:  # a backend that we do not know
-        return ()
-
-
-def _backends_own() -> tuple[type, ...]:
+def _classes_of_backend(*kinds: str) -> list[Any]:
     try:
         backend = backends.current()[1]
-    except KerasSerializeError:
-        return ()
-    return backend.SHELLS + backend.REDUCED
+    except KerasSerializeError:  # one that we do not know
+        return []
+    return [cls for kind in kinds for cls in getattr(backend, kind)]
 
 
 def _bases() -> list[Any]:
@@ -211,7 +203,7 @@ def _slots() -> Iterator[tuple[Any, str, Any]]:
         yield cls, "__deepcopy__", deep
     for cls in private.TRACKED:
         yield cls, "__deepcopy__", deep_tracked
-    for cls in _backends_own():
+    for cls in _classes_of_backend("SHELLS", "REDUCED"):
         yield cls, "__deepcopy__", deep_inside(getattr(cls, "__deepcopy__", None))
     yield private.DynamicBackend, "__deepcopy__", lambda self, memo: type(self)(self._backend)
     # not asked by pickle, but by classes that override it and call what they override
@@ -227,7 +219,7 @@ def install() -> None:
     for cls, name, ours in _slots():
         _before.append((cls, name, vars(cls).get(name)))
         setattr(cls, name, ours)
-    for cls in _tensors():
+    for cls in _classes_of_backend("TENSORS"):
         copyreg.pickle(cls, lambda tensor: reduce_object(tensor, 4))
 
 
@@ -239,7 +231,7 @@ def uninstall() -> None:
             setattr(cls, name, original)
         else:
             delattr(cls, name)
-    for cls in _tensors():
+    for cls in _classes_of_backend("TENSORS"):
         copyreg.dispatch_table.pop(cls, None)
 
 

@@ -172,36 +172,25 @@ def _take_alignment(numpy_pickle: Any) -> None:
     defaults = getattr(getattr(wrapper, "__init__", None), "__defaults__", None)
     if "alignment" in _before or wrapper is None or not defaults or type(defaults[-1]) is not int:
         return
+    _before["alignment"] = functools.partial(setattr, wrapper.__init__, "__defaults__", defaults)
     wrapper.__init__.__defaults__ = (*defaults[:-1], ALIGNMENT)
-
-    def restore() -> None:
-        wrapper.__init__.__defaults__ = defaults
-
-    _before["alignment"] = restore
 
 
 def _take_pickler(pickle: Any) -> None:
-    if "pickler" in _before or not hasattr(pickle, "_always_use_pickle_for"):
-        return
-    original = pickle._always_use_pickle_for
-
-    def restore() -> None:
-        pickle._always_use_pickle_for = original
-
-    _before["pickler"] = restore
-    pickle._always_use_pickle_for = or_keras(original)
+    _wrap("pickler", pickle, "_always_use_pickle_for", or_keras)
 
 
 def _take_collections(serialize: Any) -> None:
-    if "collections" in _before or not hasattr(serialize, "serialize"):
+    _wrap("collections", serialize, "serialize", serialize_together)
+
+
+def _wrap(slot: str, module: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+    """Wrap a function of a module, if it is there."""
+    if slot in _before or not hasattr(module, name):
         return
-    original = serialize.serialize
-
-    def restore() -> None:
-        serialize.serialize = original
-
-    _before["collections"] = restore
-    serialize.serialize = serialize_together(original)
+    original = getattr(module, name)
+    _before[slot] = functools.partial(setattr, module, name, original)
+    setattr(module, name, wrapper(original))
 
 
 def _take_tokens(tokenize: Any) -> None:

@@ -3,7 +3,7 @@
 A *shell* is an instance made by ``cls.__new__`` alone. In a pickle it is a persistent
 id, ``(reference, class)``: its number, or, if it lies in another parcel of the same
 pickle, the number of that parcel and its key there. What fills it is somebody else's
-business (``by_value``).
+business (``states``).
 """
 
 from __future__ import annotations

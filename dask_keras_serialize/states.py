@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
@@ -56,12 +56,7 @@ def state_of(obj: Any, backend: Backend, variables: Sequence[Any] = ()) -> Any:
         return {name: value for name, value in vars(obj).items() if name != "_value"}
     if isinstance(obj, Tracker):
         return {name: value for name, value in vars(obj).items() if name != "stored_ids"}
-    if own_method(type(obj), "__getstate__"):
-        state = obj.__getstate__()
-    else:
-        plain = object.__getstate__(obj)
-        state, slots = plain if isinstance(plain, tuple) else (plain, None)
-        state = (state or {}) | (slots or {})
+    state = obj.__getstate__() if own_method(type(obj), "__getstate__") else attributes_of(obj)
     if isinstance(state, dict):
         state = dict(state) | items_of(obj)
         mending.drop(obj, state, variables)
@@ -74,6 +69,13 @@ def state_of(obj: Any, backend: Backend, variables: Sequence[Any] = ()) -> Any:
             f"returns a {type(state).__name__}: give it a __setstate__ that takes it"
         )
     return state
+
+
+def attributes_of(obj: Any) -> State:
+    """Return an object's attributes, those in slots among them; a new dict."""
+    plain = object.__getstate__(obj)
+    attributes, slots = plain if isinstance(plain, tuple) else (plain, None)
+    return (attributes or {}) | (slots or {})
 
 
 def items_of(obj: Any) -> State:
@@ -111,6 +113,32 @@ def fill(shell: Any, state: State | Custom) -> None:
             shell.__dict__[name] = content
     if isinstance(shell, keras.Variable):
         shell._value = None
+
+
+def next_place(waiting: Iterable[Any]) -> int:
+    """Say which of the objects that wait for their state is next."""
+    # optimizers name variables by id: when those are known
+    ready = (i for i, obj in enumerate(waiting) if not isinstance(obj, keras.Optimizer))
+    return next(ready, 0)
+
+
+def complete(filled: Sequence[tuple[Any, Any]], backend: Backend) -> None:
+    """Do what has to wait until all shells are filled.
+
+    Parameters
+    ----------
+    filled : sequence of (object, state)
+        All shells with their states; those that are Custom are filled now, when a class's
+        own code finds its parts there.
+    backend : Backend
+    """
+    mending.mend_trackers(filled)
+    for shell, state in reversed(filled):
+        if isinstance(state, Custom):
+            fill(shell, state)
+    mending.mend(filled)
+    for shell, state in filled:
+        backend.mend(shell, state)
 
 
 def view(variable: keras.Variable, backend: Backend, owner: str) -> Array:
