@@ -38,7 +38,7 @@ from dask_keras_serialize.parts import Description, Key, Rebuilt, Reference
 from dask_keras_serialize.private import MISSING, Tracker
 from dask_keras_serialize.rebuild import Values, check_fits, rebuilding
 from dask_keras_serialize.shells import ShellPickler, ShellUnpickler
-from dask_keras_serialize.states import Custom, complete, fill, next_place, state_of
+from dask_keras_serialize.states import Custom, attributes_of, complete, fill, next_place, state_of
 
 
 def dump(
@@ -154,8 +154,11 @@ class _Dump:
         self.objects: list[Any] = list(seen)
         self.variables: list[keras.Variable] = []
         self.index: dict[int, int] = {id(obj): i for i, obj in enumerate(seen)}
+        self.holders: dict[int, Any] = {}
         self.waiting: list[int] = []
         self.numbered = 0
+        #: Whose state is being pickled.
+        self.current: Any = None
         self.predicates: dict[types.CodeType, Any] = {}
         self.backend = backends.current()[1]
         self.pickler = self.new_pickler(self.stream, self.buffers)
@@ -169,7 +172,7 @@ class _Dump:
             raise EncodeError(f"{self.owner} cannot travel: {error}{path}") from error
         done = 0
         while done < len(self.objects):  # pickling a state finds more objects
-            obj = self.objects[self.next()]
+            self.current = obj = self.objects[self.next()]
             try:
                 state = self.state(obj)
             except EncodeError as error:
@@ -217,6 +220,7 @@ class _Dump:
         copyreg._slotnames(type(obj))  # type: ignore[attr-defined]
         number = self.index[id(obj)] = len(self.objects)
         self.objects.append(obj)
+        self.holders[id(obj)] = self.current
         return number
 
     def state(self, obj: Any) -> Any:
@@ -236,6 +240,9 @@ class _Dump:
 
     def blame(self, obj: Any, state: Any, error: Exception) -> str:
         """Say which attribute of an object cannot travel."""
+        while isinstance(obj, private.TRACKED) and obj is not self.root:
+            obj = self.holders[id(obj)]
+            state = attributes_of(obj)
         where = "" if obj is self.root else f" of {private.describe(obj)}"
         found = culprit(state, self.error_of)
         if found is None:
@@ -251,7 +258,10 @@ class _Dump:
             self.new_pickler(io.BytesIO(), []).dump(value)
         except Exception as error:
             return error
-        return None
+        if not isinstance(value, private.TRACKED):
+            return None
+        items = (*value, *value.values()) if isinstance(value, dict) else value
+        return next(filter(None, map(self.error_of, items)), None)
 
 
 class _Load:

@@ -163,9 +163,9 @@ def _holds_keras(value: Any, depth: int = 3) -> bool:
     """Say whether a value is Keras's, or a plain container with such among its first."""
     if sys.modules.get("keras") is None:
         return False
-    from dask_keras_serialize.private import CITIZENS
+    from dask_keras_serialize.private import CITIZENS, TRACKED
 
-    if isinstance(value, tuple(CITIZENS)):
+    if isinstance(value, (*CITIZENS, *TRACKED)):
         return True
     items: Iterable[Any] = ()
     if type(value) is dict:

@@ -114,19 +114,6 @@ def deep(obj: Any, memo: dict[Any, Any]) -> Any:
     return twin
 
 
-def deep_tracked(container: Any, memo: dict[Any, Any]) -> Any:
-    """Deepcopy Keras's tracked containers; Python would fill them before they have a tracker."""
-    cls: Any = type(container)
-    twin = memo[id(container)] = cls.__new__(cls)
-    twin.tracker = copy.deepcopy(container.tracker, memo)
-    base: Any = next(cls for cls in (list, dict, set) if isinstance(container, cls))
-    items = container.items() if base is dict else container
-    (list.extend if base is list else base.update)(
-        twin, [copy.deepcopy(item, memo) for item in items]
-    )
-    return twin
-
-
 def deep_inside(original: Any) -> Callable[[Any, dict[Any, Any]], Any]:
     """Deepcopy what a backend puts into Keras's objects; as it does itself anywhere else."""
 

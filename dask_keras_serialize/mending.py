@@ -19,10 +19,12 @@ from dask_keras_serialize.private import (
     LOOKUPS,
     Function,
     KerasHistory,
+    KerasSaveable,
     Node,
     State,
     Tracker,
 )
+from dask_keras_serialize.shells import own_method
 
 
 class _Mender:
@@ -62,6 +64,23 @@ def _drop_calls(operation: Any, state: State) -> None:
     for name in ("_inbound_nodes", "_outbound_nodes"):
         if name in state:
             state[name] = []
+
+
+def _drop_stores(owner: Any, state: State) -> None:
+    # lists that its tracker has too: the tracker may come with another pickled object
+    tracker = state.get("_tracker")
+    # a __setstate__ would miss them
+    if isinstance(tracker, Tracker) and not own_method(type(owner), "__setstate__"):
+        names = {id(store): name for name, (_, store) in tracker.config.items()}
+        stores = {name: names[id(v)] for name, v in state.items() if id(v) in names}
+        for name in stores:
+            del state[name]
+        state["stores of the tracker"] = stores
+
+
+def _mend_stores(owner: Any, state: State) -> None:
+    for name, store in vars(owner).pop("stores of the tracker", {}).items():
+        owner.__dict__[name] = owner._tracker.config[store][1]
 
 
 def _drop_place(node: Any, state: State) -> None:
@@ -241,6 +260,7 @@ OWN = (
 #: In the order in which objects are mended. Trackers come before, see :func:`mend_trackers`.
 MENDERS = (
     *OWN,
+    _Mender(KerasSaveable, _drop_stores, _mend_stores),
     _Mender(LOOKUPS, _drop_table, _mend_table),
     _Mender(keras.optimizers.Optimizer, _drop_keys, _mend_keys),
     _Mender(Node, _drop_place, _mend_node),

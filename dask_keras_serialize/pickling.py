@@ -24,7 +24,7 @@ from weakref import ReferenceType, WeakSet, finalize, ref
 import keras
 
 from dask_keras_serialize import backends, private
-from dask_keras_serialize.copying import deep, deep_inside, deep_tracked, shallow
+from dask_keras_serialize.copying import deep, deep_inside, shallow
 from dask_keras_serialize.errors import EncodeError, KerasSerializeError
 from dask_keras_serialize.packed import Parcel, take
 from dask_keras_serialize.parts import Key
@@ -195,14 +195,12 @@ def _bases() -> list[Any]:
 
 def _slots() -> Iterator[tuple[Any, str, Any]]:
     """Yield classes of Keras's, and what we put on them under which name."""
-    for cls in _bases():
+    for cls in (*_bases(), *private.TRACKED):
         yield cls, "__reduce_ex__", reduce_object
         yield cls, "__copy__", shallow
         yield cls, "__deepcopy__", deep
     for cls in (private.Node, private.Tracker):
         yield cls, "__deepcopy__", deep
-    for cls in private.TRACKED:
-        yield cls, "__deepcopy__", deep_tracked
     for cls in _classes_of_backend("SHELLS", "REDUCED"):
         yield cls, "__deepcopy__", deep_inside(getattr(cls, "__deepcopy__", None))
     yield private.DynamicBackend, "__deepcopy__", lambda self, memo: type(self)(self._backend)

@@ -73,7 +73,7 @@ CITIZENS: dict[type, str] = {
 }
 
 #: Classes whose instances become shells when an object goes by value.
-SHELLS: tuple[type, ...] = (*CITIZENS, Node, Tracker)
+SHELLS: tuple[type, ...] = (*CITIZENS, Node, Tracker, *TRACKED)
 
 _NOT_BY_CONFIG = "encoding by config is not chosen"
 _NOT_BY_VALUE = "encoding by value is refused"
@@ -295,16 +295,6 @@ def build_metrics(model: keras.Model, y_true: Any, y_pred: Any) -> None:
 def build_losses(model: keras.Model, y_true: Any, y_pred: Any) -> None:
     """Create the compiled losses' counters, as the first batch would."""
     model._compile_loss.build(y_true, y_pred)
-
-
-def reduce_tracked(obj: Any) -> tuple[Any, ...]:
-    """Reduce Keras's tracked containers; pickle would fill them before they have a tracker."""
-    state = {"tracker": obj.tracker}
-    if isinstance(obj, list):
-        return type(obj), (), state, iter(obj)
-    if isinstance(obj, dict):
-        return type(obj), (), state, None, iter(obj.items())
-    return type(obj), (list(obj),), state
 
 
 def reduce_backend(obj: Any) -> tuple[Any, ...]:

@@ -85,8 +85,6 @@ class ShellPickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     def reducer_override(self, obj: Any) -> Any:
         """Reduce what pickle cannot take, and by cloudpickle's rules what it should not."""
-        if isinstance(obj, private.TRACKED):
-            return private.reduce_tracked(obj)
         if type(obj) is private.DynamicBackend:
             return private.reduce_backend(obj)
         reduced = self._backend.reduce(obj)
@@ -206,4 +204,5 @@ def own_method(cls: type, name: str) -> bool:
 
 def _foreign(cls: type) -> bool:
     root = cls.__module__.partition(".")[0]
-    return root not in ("keras", "tensorflow", "torch", "jax", "flax", "builtins")
+    # of collections, OrderedDict, which Keras has a subclass of
+    return root not in ("keras", "tensorflow", "torch", "jax", "flax", "builtins", "collections")

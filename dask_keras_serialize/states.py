@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 import types
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -91,9 +92,11 @@ def items_of(obj: Any) -> State:
             f"{private.describe(obj)} is a {type(obj).__mro__[-2].__name__} too, which cannot "
             "travel: give its class a __reduce__"
         )
-    if isinstance(obj, (dict, list, set)):
-        return {_ITEMS: list(obj.items() if isinstance(obj, dict) else obj)}
-    return {}
+    if isinstance(obj, dict):
+        return {_ITEMS: list(obj.items())}
+    if isinstance(obj, set):  # in one order in every process, where that can be: for tokens
+        return {_ITEMS: sorted(obj, key=lambda item: item if type(item) is str else "")}
+    return {_ITEMS: list(obj)} if isinstance(obj, list) else {}
 
 
 def fill(shell: Any, state: State | Custom) -> None:
@@ -102,9 +105,7 @@ def fill(shell: Any, state: State | Custom) -> None:
         shell.__setstate__(state.state)
         return
     if _ITEMS in state:
-        items = state.pop(_ITEMS)
-        extend = list.extend if isinstance(shell, list) else type(shell).update
-        extend(shell, items)
+        _put(shell, state.pop(_ITEMS))
     for name, content in state.items():
         slot = getattr(type(shell), name, None)
         if isinstance(slot, types.MemberDescriptorType):
@@ -113,6 +114,18 @@ def fill(shell: Any, state: State | Custom) -> None:
             shell.__dict__[name] = content
     if isinstance(shell, keras.Variable):
         shell._value = None
+
+
+def _put(container: Any, items: list[Any]) -> None:
+    """Put items into a container by what Python has for it: Keras's own would track them."""
+    if isinstance(container, list):
+        list.extend(container, items)
+    elif isinstance(container, set):
+        set.update(container, items)
+    else:
+        cls: Any = OrderedDict if isinstance(container, OrderedDict) else dict
+        for key, value in items:
+            cls.__setitem__(container, key, value)
 
 
 def next_place(waiting: Iterable[Any]) -> int:

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import tempfile
+from collections import OrderedDict
 
 import cloudpickle
 import joblib
@@ -178,3 +179,39 @@ def test_many_objects_do_not_cost_their_square():
     many[0].build((1,))
     arrived = pickle.loads(pickle.dumps([*many, many[0].kernel]))
     assert arrived[0].kernel is arrived[-1]
+
+
+class Blocks(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.blocks = [layers.Dense(zoo.WIDTH), layers.Dense(2)]
+        self.named = OrderedDict(z=self.blocks[0], a={"deep": [self.blocks[1]]})
+        self.chosen = {"x", "y", "z"}
+
+    def call(self, x):
+        return self.blocks[1](self.blocks[0](x))
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["model first", "model last"])
+def test_containers_that_keras_watches(send, last):
+    """Keras puts its own lists, dicts and sets in place of those a user assigns."""
+    model = Blocks()
+    parts = {"blocks": model.blocks, "named": model.named, "chosen": model.chosen}
+    arrived = send(parts | {"model": model} if last else {"model": model} | parts)
+    replica = arrived["model"]
+    for name, part in parts.items():
+        assert arrived[name] is getattr(replica, name)
+        assert type(arrived[name]) is type(part)
+    assert list(replica.named) == ["z", "a"]
+    assert replica.chosen == model.chosen
+    assert replica.named["a"]["deep"][0] is replica.blocks[1]
+    arrived["blocks"].append(layers.Dense(3))  # still watched
+    assert [layer.units for layer in replica.layers] == [zoo.WIDTH, 2, 3]
+    assert len(model.layers) == 2
+    assert replica.named.popitem()[0] == "a"
+
+
+def test_a_watched_container_alone(send):
+    blocks = send(Blocks().blocks)
+    assert [layer.units for layer in blocks] == [zoo.WIDTH, 2]
+    assert copy.copy(blocks)[0] is blocks[0]
