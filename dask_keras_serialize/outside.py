@@ -27,14 +27,12 @@ from dask_keras_serialize import private
 from dask_keras_serialize.backends import Backend
 from dask_keras_serialize.shells import is_everywhere
 
-#: Plain containers, as far as a user has put them into an attribute.
-_CONTAINERS = (list, dict, set, bytearray, np.ndarray)
-
-#: What of Python and NumPy can be changed, and so tells one owner what another did.
-_MUTABLE = (
-    *(collections.deque, collections.OrderedDict, collections.defaultdict, collections.Counter),
-    *(types.SimpleNamespace, array.array, random.Random),
-    *(np.random.Generator, np.random.RandomState, np.random.BitGenerator),
+#: What of Python and NumPy can be changed: left out as far as a user has put it into an
+#: attribute. Keras has its own in every object.
+_MUTABLE = frozenset(
+    {list, dict, set, bytearray, array.array, types.SimpleNamespace, random.Random}
+    | {collections.deque, collections.OrderedDict, collections.defaultdict, collections.Counter}
+    | {np.ndarray, np.random.Generator, np.random.RandomState}
 )
 
 
@@ -58,13 +56,15 @@ class Outside:
     def __init__(self, backend: Backend, *, code_by_value: bool, arrays: bool) -> None:
         self.objects: list[Any] = []
         self._trial = _TrialByValue if code_by_value else _Trial
-        self._containers = _CONTAINERS if arrays else _CONTAINERS[:-1]
+        self._mutable = _MUTABLE if arrays else _MUTABLE - {np.ndarray}
         self._keras = (*private.CITIZENS, *private.TRACKED, *backend.TENSORS)
         self._numbers: dict[int, int] = {}
         #: By ``id()``, and held so that it stays theirs: what that pickler will meet,
         #: and what stays in the parcel.
         self._carried: dict[int, Any] = {}
         self._kept: dict[int, Any] = {}
+        #: What is known of classes.
+        self._own: dict[type, bool] = {}
         self._names: dict[type, frozenset[str]] = {}
         self._open = True
         self._keeping = False
@@ -78,7 +78,7 @@ class Outside:
                 name.startswith("_") and name in self._used_by_keras(type(obj))
             ):
                 for each in _outermost(value):
-                    if type(each) in self._containers:
+                    if type(each) in self._mutable:
                         self._offer(each)
 
     def number(self, obj: Any) -> int | None:
@@ -109,7 +109,11 @@ class Outside:
             self._keeping = False
 
     def _offer_own(self, obj: Any) -> bool:
-        return _is_own(obj) and not isinstance(obj, self._keras) and self._offer(obj)
+        cls = type(obj)
+        own = self._own.get(cls)
+        if own is None:
+            own = self._own[cls] = _is_own(cls) and not issubclass(cls, self._keras)
+        return own and self._offer(obj)
 
     def _used_by_keras(self, cls: type) -> frozenset[str]:
         if cls not in self._names:
@@ -147,7 +151,7 @@ class _Trial(pickle.Pickler):
         """Note what can be changed; go no deeper at Keras's objects, which travel."""
         if isinstance(obj, self._keras):
             return "Keras's"
-        if type(obj) in _CONTAINERS or _is_own(obj):
+        if type(obj) in _MUTABLE or _is_own(type(obj)):
             self.met[id(obj)] = obj
         return None
 
@@ -170,12 +174,10 @@ class _TrialByValue(cloudpickle.Pickler):  # type: ignore[misc]
     persistent_id = _Trial.persistent_id
 
 
-def _is_own(obj: Any) -> bool:
-    """Say whether an object is of a user's class, or a library's, and can be changed."""
-    cls = type(obj)
-    if issubclass(cls, (type, tuple, str, bytes, int, float, frozenset)):
-        return False
-    return issubclass(cls, _MUTABLE) or not is_everywhere(cls)
+def _is_own(cls: type) -> bool:
+    """Say whether instances of a class are a user's own, or a library's, and can be changed."""
+    fixed = (type, tuple, str, bytes, int, float, frozenset)
+    return not issubclass(cls, fixed) and not is_everywhere(cls)
 
 
 def _outermost(value: Any) -> Iterator[Any]:

@@ -74,11 +74,16 @@ class ShellPickler(cloudpickle.Pickler):  # type: ignore[misc]
         self._for_token = for_token
         self._outside = outside
         self._shells = SHELLS + backend.SHELLS
+        self._known: dict[type, bool] = {}
 
     def persistent_id(self, obj: Any) -> tuple[Any, ...] | bytes | None:
         """Name a shell; for tokens, strings and sets by what is in them."""
-        if isinstance(obj, self._shells) and (obj is self._root or not reduces_itself(type(obj))):
-            pid = self._refer(obj), type(obj)
+        cls = type(obj)
+        known = self._known.get(cls)
+        if known is None:  # asked for every object there is
+            known = self._known[cls] = issubclass(cls, self._shells)
+        if known and (obj is self._root or not reduces_itself(cls)):
+            pid = self._refer(obj), cls
             return (*pid, "functional") if isinstance(obj, private.Function) else pid
         number = self._outside(obj)
         if number is not None:
