@@ -32,7 +32,10 @@ LIMITS = """## What to know
 
 - A Keras object is pickled as a parcel of its own. What parcels of one pickle share of Keras's
   objects arrives shared; a plain Python object (a list, an array, an instance of your class) that
-  a Keras object shares with something outside of it arrives twice. `copy.deepcopy` keeps both.
+  a Keras object shares with something outside of it arrives twice, in the parcel and beside it: so
+  does an object of your own that its model or callback holds again. `copy.deepcopy` keeps one.
+  A parcel has to be closed, or a scheduler would need the code of what is in it, and a reader
+  that forbids code would run it before it can refuse.
 - A class that the other side cannot import travels by value, and is there a class of its own:
   `isinstance` with another definition of it is false.
 - A layer arrives without the calls that were made of it outside of what travels: a lone layer

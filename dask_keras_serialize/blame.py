@@ -8,42 +8,6 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dask_keras_serialize import private
-
-
-def blame(
-    owner: str,
-    obj: Any,
-    root: Any,
-    state: Any,
-    error: Exception,
-    travels: Callable[[Any], Exception | None],
-) -> str:
-    """Say which attribute of an object cannot travel.
-
-    Parameters
-    ----------
-    owner : str
-        What errors call the object that was sent.
-    obj, root : object
-        Whose attribute it is, and what was sent.
-    state : object
-        As was pickled.
-    error : Exception
-        What that raised.
-    travels : callable
-        See :func:`culprit`.
-    """
-    where = "" if obj is root else f" of {private.describe(obj)}"
-    found = culprit(state, travels)
-    if found is None:
-        return f"{owner}{where and ': part'}{where} cannot travel: {error}"
-    path, value, cause = found
-    return (
-        f"{owner}: attribute {path}{where}, a {type(value).__name__}, cannot travel "
-        f"({cause}): make it in a method, or leave it out by __getstate__"
-    )
-
 
 def culprit(
     state: Any, travels: Callable[[Any], Exception | None]
@@ -72,20 +36,12 @@ def culprit(
     while id(value) not in seen:
         seen.add(id(value))
         for name, part in step(value):
-            error = _error_in(part, travels)
+            error = travels(part)
             if error is not None:
                 found, path = (f"{path}{name}".lstrip("."), part, error), f"{path}{name}"
                 value, step = part, _children
                 break
     return found
-
-
-def _error_in(value: Any, travels: Callable[[Any], Exception | None]) -> Exception | None:
-    error = travels(value)
-    if error is not None or not isinstance(value, private.TRACKED):
-        return error
-    # a shell, which travels whatever is in it
-    return next(filter(None, (_error_in(part, travels) for _, part in _children(value))), None)
 
 
 def _attributes(state: Any) -> Iterator[tuple[str, Any]]:

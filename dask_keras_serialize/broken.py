@@ -39,9 +39,6 @@ class BrokenObject:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return broken, (self._error,)  # on a worker; who asks for it elsewhere is told
 
-    def __setstate__(self, outside: Any) -> None:
-        """Take what would have been put into the object."""
-
     def __repr__(self) -> str:
         return f"<BrokenObject: {self._error}>"
 

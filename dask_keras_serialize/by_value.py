@@ -19,21 +19,26 @@ pickle are named there, not sent again; see ``parts``.
 
 from __future__ import annotations
 
+import copyreg
+import io
+import pickle
+import types
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import keras
+import numpy as np
 
-from dask_keras_serialize import private
-from dask_keras_serialize.arrival import Arrival, explained
+from dask_keras_serialize import backends, private
 from dask_keras_serialize.backends import Array
-from dask_keras_serialize.departure import Departure
-from dask_keras_serialize.errors import EncodeError
-from dask_keras_serialize.outside import Outside
-from dask_keras_serialize.parts import Description, Key, Rebuilt
-from dask_keras_serialize.private import MISSING
-from dask_keras_serialize.rebuild import Values
+from dask_keras_serialize.blame import culprit
+from dask_keras_serialize.errors import DecodeError, EncodeError
+from dask_keras_serialize.parts import Description, Key, Rebuilt, Reference
+from dask_keras_serialize.private import MISSING, Tracker
+from dask_keras_serialize.rebuild import Values, check_fits, rebuilding
+from dask_keras_serialize.shells import ShellPickler, ShellUnpickler
+from dask_keras_serialize.states import Custom, attributes_of, complete, fill, next_place, state_of
 
 
 def dump(
@@ -42,7 +47,6 @@ def dump(
     for_token: bool = False,
     links: Mapping[int, tuple[Any, Key | None]] = MappingProxyType({}),
     seen: Sequence[Any] = (),
-    outside: Outside | None = None,
 ) -> Description:
     """Describe an object by the graph of all it holds.
 
@@ -56,8 +60,6 @@ def dump(
         What other parcels of the same pickle hold: which, and the key there, by ``id()``.
     seen : sequence of object
         The parts of an earlier description, in order: they keep their numbers.
-    outside : Outside, optional
-        What of the things that are not Keras's another pickler carries.
 
     Returns
     -------
@@ -79,20 +81,11 @@ def dump(
             f"keras {keras.version()} is too new for ({', '.join(MISSING)} is gone): use an "
             "older one, or update this package"
         )
-
-    def attempt(seen: Sequence[Any], all_shells_first: bool) -> Description:
-        sending = Departure(root, for_token, links, seen, outside)
-        try:
-            return sending.run(all_shells_first)
-        finally:
-            del sending.pickler  # they hold each other, and what others may then link to
-
-    described = attempt(seen, False)
-    if outside is not None and (described.outside or described.links):
-        # these may hold this object, or wait for such: shells must be there before states
-        outside.settle()
-        described = attempt(list(described.parts().values()), True)
-    return described
+    sending = _Dump(root, for_token, links, seen)
+    try:
+        return sending.run()
+    finally:
+        del sending.pickler  # they hold each other, and what others may then link to
 
 
 def load(
@@ -125,10 +118,209 @@ def load(
     Copies: one of each variable's bytes, into memory the backend owns, and one of
     each array that was writeable.
     """
-    with explained(values.header.owner):
-        loading = Arrival(body, values, extras, links)
-        root = loading.begin()
-    if loading.shells_first:
-        return Rebuilt(root, lambda: loading.shells, loading.finish)
-    loading.finish(())
-    return Rebuilt(root, lambda: loading.shells)
+    owner = values.header.owner
+    with rebuilding():
+        try:
+            return _Load(body, values, extras, links).run()
+        except DecodeError:
+            raise
+        except ModuleNotFoundError as error:
+            raise DecodeError(
+                f"{owner}: it holds code of module {error.name!r}, which is not installed "
+                f"here: install it on every worker, or call cloudpickle."
+                f"register_pickle_by_value({error.name}) before sending"
+            ) from error
+        except Exception as error:  # unpickling runs anybody's code
+            raise DecodeError(f"{owner}: it cannot be rebuilt by value here: {error!r}") from error
+
+
+class _Dump:
+    """One object on its way out."""
+
+    def __init__(
+        self,
+        root: Any,
+        for_token: bool,
+        links: Mapping[int, tuple[Any, Key | None]],
+        seen: Sequence[Any],
+    ) -> None:
+        self.root = root
+        self.owner = private.describe(root)
+        self.for_token = for_token
+        self.links = links
+        self.linked: list[Any] = []
+        self.stream = io.BytesIO()
+        self.buffers: list[pickle.PickleBuffer] = []
+        self.objects: list[Any] = list(seen)
+        self.variables: list[keras.Variable] = []
+        self.index: dict[int, int] = {id(obj): i for i, obj in enumerate(seen)}
+        self.holders: dict[int, Any] = {}
+        self.waiting: list[int] = []
+        self.numbered = 0
+        #: Whose state is being pickled.
+        self.current: Any = None
+        self.predicates: dict[types.CodeType, Any] = {}
+        self.backend = backends.current()[1]
+        self.pickler = self.new_pickler(self.stream, self.buffers)
+
+    def run(self) -> Description:
+        try:
+            self.pickler.dump(self.root)
+        except Exception as error:
+            found = culprit([type(self.root)], self.error_of)
+            path = f" ({found[0].removeprefix('[0]')} of its class)" if found else ""
+            raise EncodeError(f"{self.owner} cannot travel: {error}{path}") from error
+        done = 0
+        while done < len(self.objects):  # pickling a state finds more objects
+            self.current = obj = self.objects[self.next()]
+            try:
+                state = self.state(obj)
+            except EncodeError as error:
+                raise EncodeError(f"{self.owner}: {error}") from error
+            if self.for_token and isinstance(state, dict):
+                state = dict(sorted(state.items()))  # what was mended comes last
+            try:
+                # with the object: one seen in an earlier pickle may not be named before
+                self.pickler.dump((obj, state))
+            except Exception as error:
+                raise EncodeError(self.blame(obj, state, error)) from error
+            done += 1
+        raw = [buffer.raw() for buffer in self.buffers]
+        body = {
+            "objects": done,
+            "writeable": [not view.readonly for view in raw],
+            "code": sorted(map(list, self.pickler.code.items())),
+        }
+        stream: Array = np.frombuffer(self.stream.getbuffer(), np.uint8)
+        extras = [stream, *(np.frombuffer(view, np.uint8) for view in raw)]
+        parts: dict[Key, Any] = dict(enumerate(self.objects))
+        return Description(body, self.variables, extras, lambda: parts, self.linked)
+
+    def next(self) -> int:
+        """Choose the object whose state comes next."""
+        self.waiting += range(self.numbered, len(self.objects))
+        self.numbered = len(self.objects)
+        return self.waiting.pop(next_place(self.objects[number] for number in self.waiting))
+
+    def new_pickler(self, file: io.BytesIO, buffers: list[pickle.PickleBuffer]) -> ShellPickler:
+        return ShellPickler(file, buffers, self.backend, self.refer, self.root, self.for_token)
+
+    def refer(self, obj: Any) -> Reference:
+        """Return what names an object: its number, a new one at first sight, or a link."""
+        number = self.index.get(id(obj))
+        if number is not None:
+            return number
+        if id(obj) in self.links:
+            parcel, key = self.links[id(obj)]
+            if parcel not in self.linked:
+                self.linked.append(parcel)
+            return self.linked.index(parcel), key
+        # caches __slotnames__ on the class, which changes the class's own pickle:
+        # now, or tokens would differ from the first to the second (as in dask/tokenize.py)
+        copyreg._slotnames(type(obj))  # type: ignore[attr-defined]
+        number = self.index[id(obj)] = len(self.objects)
+        self.objects.append(obj)
+        self.holders[id(obj)] = self.current
+        return number
+
+    def state(self, obj: Any) -> Any:
+        """Return what fills an object's shell, as it is pickled."""
+        state = state_of(obj, self.backend, self.variables)
+        if isinstance(obj, keras.Variable) and obj._value is not None:
+            state["value"] = len(self.variables)
+            self.variables.append(obj)
+        elif isinstance(obj, Tracker):
+            # its predicates are lambdas without closures, made anew for every layer:
+            # send one for each place in Keras's source
+            state["config"] = {
+                name: (self.predicates.setdefault(test.__code__, test), store)
+                for name, (test, store) in obj.config.items()
+            }
+        return state
+
+    def blame(self, obj: Any, state: Any, error: Exception) -> str:
+        """Say which attribute of an object cannot travel."""
+        while isinstance(obj, private.TRACKED) and obj is not self.root:
+            obj = self.holders[id(obj)]
+            state = attributes_of(obj)
+        where = "" if obj is self.root else f" of {private.describe(obj)}"
+        found = culprit(state, self.error_of)
+        if found is None:
+            return f"{self.owner}{where and ': part'}{where} cannot travel: {error}"
+        path, value, cause = found
+        return (
+            f"{self.owner}: attribute {path}{where}, a {type(value).__name__}, cannot travel "
+            f"({cause}): make it in a method, or leave it out by __getstate__"
+        )
+
+    def error_of(self, value: Any) -> Exception | None:
+        try:
+            self.new_pickler(io.BytesIO(), []).dump(value)
+        except Exception as error:
+            return error
+        if not isinstance(value, private.TRACKED):
+            return None
+        items = (*value, *value.values()) if isinstance(value, dict) else value
+        return next(filter(None, map(self.error_of, items)), None)
+
+
+class _Load:
+    """One object on its way in."""
+
+    def __init__(
+        self,
+        body: dict[str, Any],
+        values: Values,
+        extras: list[Array],
+        links: Sequence[Rebuilt],
+    ) -> None:
+        self.values = values
+        self.count = int(body["objects"])
+        writeable = body["writeable"]
+        stream, *arrays = extras
+        buffers = [
+            _with_writeable(array, bool(flag))
+            for array, flag in zip(arrays, writeable, strict=True)
+        ]
+        self.shells: dict[int, Any] = {}
+        self.rows: list[int] = []
+        self.unpickler = ShellUnpickler(
+            self.shells, io.BytesIO(stream.data), buffers, values.backend, links
+        )
+
+    def run(self) -> Rebuilt:
+        root = self.unpickler.load()
+        filled = []
+        for _ in range(self.count):
+            shell, state = self.unpickler.load()
+            filled.append((shell, state))
+            if not isinstance(state, Custom):
+                self.fill(*filled[-1])
+        complete(filled, self.values.backend)
+        header = self.values.header
+        # not the whole name: a class by value arrives without its __qualname__
+        if type(root).__name__ != header.class_name.rpartition(".")[2]:
+            raise DecodeError(f"{header.owner}: the pickle holds a {type(root).__qualname__}")
+        if sorted(map(id, self.shells.values())) != sorted(id(shell) for shell, _ in filled):
+            raise DecodeError(
+                f"{header.owner}: the pickle is not whole: objects are missing or extra"
+            )
+        if sorted(self.rows) != list(range(len(header.variables))):
+            raise DecodeError(f"{header.owner}: the table of variables is not the pickle's")
+        return Rebuilt(root, lambda: self.shells)
+
+    def fill(self, shell: Any, state: Any) -> None:
+        row = state.pop("value", None) if isinstance(shell, keras.Variable) else None
+        fill(shell, state)
+        if row is not None:
+            self.rows.append(row)
+            check_fits(shell, row, self.values.header)
+            shell._initialize(self.values.tensor(row))
+
+
+def _with_writeable(array: Array, flag: bool) -> Array:
+    """Return an array as writeable as it was; a copy if it must be and is not ours."""
+    if flag and not array.flags.writeable:
+        return array.copy()
+    array.flags.writeable = flag
+    return array

@@ -17,7 +17,7 @@ from uuid import uuid4
 import numpy as np
 
 from dask_keras_serialize.broken import BrokenObject
-from dask_keras_serialize.errors import MissingPackageError
+from dask_keras_serialize.errors import EncodeError, MissingPackageError
 from dask_keras_serialize.header import FORMAT, package_version
 
 
@@ -91,9 +91,22 @@ def _with_check(original: Callable[..., Any]) -> Callable[..., Any]:
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _holds_keras(list(args)) or _holds_keras(kwargs):
             _require_package(self)
-        return original(self, *args, **kwargs)
+        try:
+            return original(self, *args, **kwargs)
+        except TypeError as error:  # which says no more than the class of what was sent
+            lost = _encode_error(error)
+            if lost is None or lost is error:
+                raise
+            raise EncodeError(str(lost)) from error
 
     return checked
+
+
+def _encode_error(error: BaseException | None) -> EncodeError | None:
+    """Find ours among the causes of an error."""
+    while error is not None and not isinstance(error, EncodeError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _require_package(client: Any) -> None:

@@ -21,6 +21,8 @@ from typing import Any
 import keras
 
 from dask_keras_serialize import backends, mending, private
+from dask_keras_serialize.blame import culprit
+from dask_keras_serialize.errors import EncodeError
 from dask_keras_serialize.rebuild import rebuilding
 from dask_keras_serialize.shells import closed_file, new_shell, reduces_itself
 from dask_keras_serialize.states import (
@@ -104,7 +106,7 @@ def deep(obj: Any, memo: dict[Any, Any]) -> Any:
     if copying is not None:
         shell: Any = copying.shell_of(obj)
         return shell
-    copying = memo[_COPYING] = _Copying(memo)
+    copying = memo[_COPYING] = _Copying(obj, memo)
     try:
         with rebuilding():
             twin = copying.shell_of(obj)
@@ -135,7 +137,8 @@ _COPYING = "dask_keras_serialize.copying"
 class _Copying:
     """One deepcopy under way: shells that wait to be filled."""
 
-    def __init__(self, memo: dict[Any, Any]) -> None:
+    def __init__(self, root: Any, memo: dict[Any, Any]) -> None:
+        self.root = root
         self.memo = memo
         self.backend = backends.current()[1]
         self.waiting: list[tuple[Any, Any]] = []
@@ -158,7 +161,7 @@ class _Copying:
                     self.memo[id(value)] = value
                 elif isinstance(value, io.IOBase) and value.closed:
                     self.memo[id(value)] = closed_file()
-            state = copy.deepcopy(state, self.memo)
+            state = self._copy(obj, state)
             self.filled.append((shell, state))
             if not isinstance(state, Custom):
                 fill(shell, state)
@@ -167,6 +170,31 @@ class _Copying:
                 array = view(obj, self.backend, private.describe(obj))
                 shell._initialize(self.backend.tensor(array))
         complete(self.filled, self.backend)
+
+    def _copy(self, obj: Any, state: Any) -> Any:
+        try:
+            return copy.deepcopy(state, self.memo)
+        except EncodeError:
+            raise
+        except Exception as error:
+            if isinstance(obj, private.TRACKED):  # a container, which goes for who holds it
+                obj, state = self.root, attributes_of(self.root)
+            found = culprit(state, _error_of)
+            if found is None:
+                raise
+            path, value, cause = found
+            raise EncodeError(
+                f"{private.describe(obj)}: attribute {path}, a {type(value).__name__}, cannot be "
+                f"copied ({cause}): make it in a method, or leave it out by __getstate__"
+            ) from error
+
+
+def _error_of(value: Any) -> Exception | None:
+    try:
+        copy.deepcopy(value)
+    except Exception as error:
+        return error
+    return None
 
 
 def _reconstruct(obj: Any, memo: dict[Any, Any] | None, reduced: Any = None) -> Any:

@@ -138,17 +138,6 @@ class Header:
         sizes = tuple(frame.nbytes for frame in frames)
         return replace(self, frame_sizes=sizes, fingerprints=tuple(marks), whole=tuple(whole))
 
-    def check_allowed(self) -> None:
-        """Raise DecodeError if it goes by value where the user's settings forbid that."""
-        from dask import config  # here: dask's import loads this module (dask/sizeof.py)
-
-        if self.encoding == "value" and not config.get(f"{FORMAT}.by-value", True):
-            raise DecodeError(
-                f"{self.owner}: it travels by value, which runs pickle, and the setting "
-                f"{FORMAT}.by-value forbids that here; code of its own that it names: "
-                f"{', '.join(name for name, _ in self.code) or 'none'}"
-            )
-
     def to_wire(self) -> dict[str, Any]:
         """Return the header as plain values, safe for msgpack."""
         return {

@@ -52,11 +52,8 @@ class Parcel:
             own = own_mapping(buffer)
             self.frames += as_frames([own], self.header.owner, keep=own is not buffer)
         self.links = tuple(links)
-        #: What the pickler carried beside it; None until that is here.
-        self.outside: Sequence[Any] | None = None if self.header.body.get("outside") else ()
         self._packed_header = header
         self._rebuilt: Rebuilt | None = None
-        self._waiting: list[Parcel] = []
 
     @property
     def nbytes(self) -> int:
@@ -107,16 +104,12 @@ class Parcel:
     def rebuild(self, memo: dict[int, Rebuilt]) -> Rebuilt:
         """Rebuild the object and what it refers to, each once for a memo."""
         if id(self) not in memo:
-            rebuilt = memo[id(self)] = self._begin([link.rebuild(memo) for link in self.links])
-            if rebuilt.finish is not None:
-                rebuilt.finish(self.outside or ())
+            with importing_keras(self.header):
+                from dask_keras_serialize.protocol import decode_parts
+
+            links = [link.rebuild(memo) for link in self.links]
+            memo[id(self)] = decode_parts(self.header, self.frames, links)
         return memo[id(self)]
-
-    def _begin(self, links: Sequence[Rebuilt]) -> Rebuilt:
-        with importing_keras(self.header):
-            from dask_keras_serialize.protocol import decode_parts
-
-        return decode_parts(self.header, self.frames, links)
 
     def part(self, key: Key | None) -> Any:
         """Return the object (None) or one of its parts; all of a pickle share them."""
@@ -126,45 +119,22 @@ class Parcel:
         return part
 
     def shared(self) -> Rebuilt:
-        """Rebuild the object once for all that are pickled with it; maybe not yet filled."""
+        """Rebuild the object once for all that are pickled with it."""
         if self._rebuilt is None:
-            self._rebuilt = self._begin([link.shared() for link in self.links])
-            self._fill()
+            self._rebuilt = self.rebuild({id(link): link.shared() for link in self.links})
         return self._rebuilt
-
-    def _fill(self) -> None:
-        """Fill the object, and those that wait for it, when what it needs is there."""
-        rebuilt = self._rebuilt
-        if rebuilt is None or rebuilt.finish is None or self.outside is None:
-            return
-        for link in self.links:
-            if link.shared().finish is not None:
-                link._waiting.append(self)
-                return
-        rebuilt.finish(self.outside)
-        self._rebuilt = rebuilt._replace(finish=None)
-        while self._waiting:
-            self._waiting.pop()._fill()
-
-    def __setstate__(self, outside: Sequence[Any]) -> None:
-        """Take what the pickler carried beside it, which may hold the object already."""
-        self.outside = outside
-        self._fill()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # arrays, not bytes: pickle 5 takes them out of band, joblib maps them
         arrays = [np.frombuffer(frame, np.uint8) for frame in self.frames]
-        reduced = receive, (self._packed_header, self.links, *arrays)
-        return (*reduced, self.outside) if self.outside else reduced
+        return receive, (self._packed_header, self.links, *arrays)
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         from dask.tokenize import normalize_token
 
         # normalised here: Dask takes what it is given by its str(), which numpy shortens
         arrays = [np.frombuffer(frame, np.uint8) for frame in self.frames]
-        return FORMAT, normalize_token(
-            [self._packed_header, *arrays, *self.links, *(self.outside or ())]
-        )
+        return FORMAT, normalize_token([self._packed_header, *arrays, *self.links])
 
     def __repr__(self) -> str:
         return f"<Parcel of {views.summary(self.header)}>"
@@ -275,10 +245,7 @@ def receive(
     if len(whole) < len(links):
         return next(link for link in links if isinstance(link, BrokenObject))
     try:
-        parcel = Parcel(header, buffers, whole)
-        if parcel.outside is None:  # or what comes now would run before it is refused
-            parcel.header.check_allowed()
-        return parcel
+        return Parcel(header, buffers, whole)
     except DecodeError as error:
         return broken(error)
 

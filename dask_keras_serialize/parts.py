@@ -7,7 +7,7 @@ receiver, so that one parcel can refer to the parts of another; see ``pickling``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from dask_keras_serialize.backends import Array
@@ -35,9 +35,6 @@ class Description(NamedTuple):
         Returns the parts of the object by their keys.
     links : list
         By value: the other parcels it refers to, in the order of the references.
-    outside : list of object
-        By value: what is not Keras's and left to the pickler that carries the parcel, in
-        the order of their numbers.
     """
 
     body: dict[str, Any]
@@ -45,7 +42,6 @@ class Description(NamedTuple):
     extras: list[Array]
     parts: Callable[[], Mapping[Any, Any]]
     links: list[Any]
-    outside: Sequence[Any] = ()
 
 
 class Rebuilt(NamedTuple):
@@ -56,14 +52,10 @@ class Rebuilt(NamedTuple):
     root : object
     parts : callable
         Returns its parts by the keys they had on the way out.
-    finish : callable or None
-        If they are shells yet: fills them, given what was left outside, when the objects
-        it refers to are filled.
     """
 
     root: Any
     parts: Callable[[], Mapping[Any, Any]]
-    finish: Callable[[Sequence[Any]], None] | None = None
 
     def part(self, key: Key | None) -> Any:
         """Return the part of a key, the object itself for None; None if there is no such."""

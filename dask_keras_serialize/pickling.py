@@ -16,28 +16,19 @@ and what others may have referred to keeps its key.
 from __future__ import annotations
 
 import copyreg
-import pickle
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import ReferenceType, WeakSet, finalize, ref
 
-import cloudpickle
 import keras
 
 from dask_keras_serialize import backends, private
-from dask_keras_serialize.broken import caller
 from dask_keras_serialize.copying import deep, deep_inside, shallow
 from dask_keras_serialize.errors import EncodeError, KerasSerializeError
-from dask_keras_serialize.outside import Outside
 from dask_keras_serialize.packed import Parcel, take
 from dask_keras_serialize.parts import Key
 from dask_keras_serialize.shells import own_method
-
-if TYPE_CHECKING:
-    from dask_keras_serialize.protocol import Encoded
 
 
 class _Sending:
@@ -52,14 +43,14 @@ class _Sending:
         self._alive = _alive()
         self._alive.add(self)
 
-    def close(self, outside: Outside | None) -> Encoded:
+    def close(self) -> tuple[bytes, list[_Sending], list[memoryview]]:
         """Encode the object."""
         # here, not above: this module is loaded as keras is, which protocol may be importing
         from dask_keras_serialize.protocol import encode_parts
 
         seen = list(self.parts.values()) if self._encoding == "value" else []
         links = {} if self._encoding == "config" else _Others(self)
-        encoded = encode_parts(self.root, links, seen=seen, outside=outside)
+        encoded = encode_parts(self.root, links, seen=seen)
         if self.parts:
             found = encoded.parts()
             if any(found.get(key) is not part for key, part in self.parts.items()):
@@ -69,7 +60,7 @@ class _Sending:
                 )
         self._encoding, self._new_parts = encoded.header.encoding, encoded.parts
         self._alive.unnamed.add(self)
-        return encoded
+        return encoded.header.to_bytes(), encoded.links, encoded.frames
 
     def name_parts(self) -> dict[Key, Any]:
         """Name its parts, for others to refer to from now on."""
@@ -77,23 +68,9 @@ class _Sending:
         return self.parts
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        encoded = self.close(_outside(sys._getframe(1)))
-        parcel = Parcel(encoded.header.to_bytes(), encoded.frames)
-        receive, (packed, _, *arrays) = parcel.__reduce_ex__(protocol)
-        reduced = receive, (packed, tuple(encoded.links), *arrays)
-        # as a state: what these hold of the object finds it in the pickler's memo
-        return (*reduced, list(encoded.outside)) if encoded.outside else reduced
-
-
-def _outside(caller_of_pickler: FrameType | None) -> Outside | None:
-    """Say what the pickler that asks for a parcel may carry beside it."""
-    if caller("distributed.client", "_graph_to_futures") is not None:
-        return None  # a scheduler would open them, which may lack their code
-    # by their code: to look at a frame's locals would keep them alive
-    code = caller_of_pickler.f_code if caller_of_pickler is not None else None
-    by_value = code is cloudpickle.Pickler.dump.__code__  # which calls C, which calls us
-    in_c = code is not pickle._Pickler.save.__code__  # type: ignore[attr-defined]
-    return Outside(backends.current()[1], code_by_value=by_value, arrays=in_c)
+        header, links, frames = self.close()
+        receive, (packed, _, *arrays) = Parcel(header, frames).__reduce_ex__(protocol)
+        return receive, (packed, tuple(links), *arrays)
 
 
 class _Alive:

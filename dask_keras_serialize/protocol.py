@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
+from dask import config
 
 from dask_keras_serialize import (
     backends,
@@ -29,6 +30,7 @@ from dask_keras_serialize import (
 from dask_keras_serialize.errors import DecodeError, EncodeError, KerasSerializeError
 from dask_keras_serialize.frames import Frame
 from dask_keras_serialize.header import (
+    FORMAT,
     ITEMSIZE,
     Encoding,
     Header,
@@ -36,7 +38,6 @@ from dask_keras_serialize.header import (
     package_version,
     python_version,
 )
-from dask_keras_serialize.outside import Outside
 from dask_keras_serialize.parts import Description, Key, Rebuilt
 from dask_keras_serialize.rebuild import Values
 
@@ -50,7 +51,6 @@ class Encoded(NamedTuple):
     frames: list[Frame]
     parts: Callable[[], Mapping[Key, Any]]
     links: list[Any]
-    outside: Sequence[Any]
 
 
 def encode(obj: Any, *, for_token: bool = False) -> tuple[Header, list[Frame]]:
@@ -92,7 +92,6 @@ def encode_parts(
     *,
     seen: Sequence[Any] = (),
     for_token: bool = False,
-    outside: Outside | None = None,
 ) -> Encoded:
     """Do as :func:`encode`, for an object that is pickled together with others.
 
@@ -105,8 +104,6 @@ def encode_parts(
     seen : sequence of object
         The parts of an earlier description by value, in order: they keep their numbers.
     for_token : bool
-    outside : Outside, optional
-        What of the things that are not Keras's another pickler carries.
 
     Returns
     -------
@@ -117,15 +114,15 @@ def encode_parts(
     encoding: Encoding = "value"
     described: Description | None = None
     if links or seen:
-        described = by_value.dump(obj, links=links, seen=seen, outside=outside)
+        described = by_value.dump(obj, links=links, seen=seen)
     if isinstance(obj, keras.Model) and not seen and not (described and described.links):
         by_its_config = by_config.dump(obj)
         if isinstance(by_its_config, str):
             logger.debug("%s goes by value: %s", owner, by_its_config)
         else:
             encoding, described = "config", by_its_config
-    described = described or by_value.dump(obj, for_token=for_token, outside=outside)
-    body, variables, extras, parts, used, left_out = described
+    described = described or by_value.dump(obj, for_token=for_token)
+    body, variables, extras, parts, used = described
     for variable in variables:
         if variable.dtype not in ITEMSIZE:
             raise EncodeError(
@@ -155,7 +152,7 @@ def encode_parts(
         body=body,
         variables=entries,
     )
-    return Encoded(header.with_frames(packed), packed, parts, used, left_out)
+    return Encoded(header.with_frames(packed), packed, parts, used)
 
 
 def decode(header: Header, buffers: Sequence[object], *, keep: bool = False) -> Any:
@@ -187,10 +184,7 @@ def decode(header: Header, buffers: Sequence[object], *, keep: bool = False) -> 
     Copies: at most one of each variable's bytes, into memory the backend owns; none of
     a large variable that ``keep`` allows and the backend can use where it lies.
     """
-    rebuilt = decode_parts(header, frames.as_frames(buffers, header.owner, keep=keep))
-    if rebuilt.finish is not None:
-        rebuilt.finish(())
-    return rebuilt.root
+    return decode_parts(header, frames.as_frames(buffers, header.owner, keep=keep)).root
 
 
 def decode_parts(header: Header, parts: Sequence[Frame], links: Sequence[Rebuilt] = ()) -> Rebuilt:
@@ -270,7 +264,12 @@ def _check_environment(header: Header) -> None:
         )
     if header.encoding == "config":
         return
-    header.check_allowed()
+    if not config.get(f"{FORMAT}.by-value", True):
+        code = ", ".join(str(row[0]) for row in header.body.get("code", ()) if row) or "none"
+        raise DecodeError(
+            f"{header.owner}: it travels by value, which runs pickle, and the setting "
+            f"{FORMAT}.by-value forbids that here; code of its own that it names: {code}"
+        )
     ours = {"python": python_version(), "keras": keras.version()}
     for what, version in ours.items():
         theirs = header.versions.get(what, "an unknown version")

@@ -3,7 +3,7 @@
 A *shell* is an instance made by ``cls.__new__`` alone. In a pickle it is a persistent
 id, ``(reference, class)``: its number, or, if it lies in another parcel of the same
 pickle, the number of that parcel and its key there. What fills it is somebody else's
-business (``states``). What another pickler carries (``outside``) is ``(None, number)``.
+business (``states``).
 """
 
 from __future__ import annotations
@@ -50,8 +50,6 @@ class ShellPickler(cloudpickle.Pickler):  # type: ignore[misc]
         Make the bytes the same in every process, at the price that nobody can load
         them: strings that are equal but not the same object, the order of sets and
         cloudpickle's random ids of classes would differ.
-    outside : callable
-        Takes any object and returns its number if another pickler carries it, else None.
     """
 
     def __init__(
@@ -62,7 +60,6 @@ class ShellPickler(cloudpickle.Pickler):  # type: ignore[misc]
         refer: Callable[[Any], Reference],
         root: Any,
         for_token: bool,
-        outside: Callable[[Any], int | None],
     ) -> None:
         super().__init__(file, protocol=5, buffer_callback=buffers.append)
         #: Names of code that is neither Python's nor Keras's, and whether it travels
@@ -72,7 +69,6 @@ class ShellPickler(cloudpickle.Pickler):  # type: ignore[misc]
         self._refer = refer
         self._root = root
         self._for_token = for_token
-        self._outside = outside
         self._shells = SHELLS + backend.SHELLS
         self._known: dict[type, bool] = {}
 
@@ -85,9 +81,6 @@ class ShellPickler(cloudpickle.Pickler):  # type: ignore[misc]
         if known and (obj is self._root or not reduces_itself(cls)):
             pid = self._refer(obj), cls
             return (*pid, "functional") if isinstance(obj, private.Function) else pid
-        number = self._outside(obj)
-        if number is not None:
-            return None, number
         if self._for_token:
             if type(obj) is str:
                 return obj.encode(errors="surrogatepass")
@@ -119,7 +112,9 @@ class ShellPickler(cloudpickle.Pickler):  # type: ignore[misc]
         return reduced
 
     def _note(self, code: Any, how: str) -> None:
-        if not is_everywhere(code):
+        module = str(code.__module__).partition(".")[0]
+        # a namedtuple's __new__ is of a module of that name
+        if module not in _EVERYWHERE and not module.startswith("namedtuple_"):
             self.code[private.full_name(code)] = how
 
 
@@ -147,15 +142,11 @@ class ShellUnpickler(pickle.Unpickler):
     ) -> None:
         super().__init__(file, buffers=buffers)
         self._shells = shells
-        #: What another pickler carried, by number; gets there before a state is loaded.
-        self.outside: Sequence[Any] = ()
         self._backend = backend
         self._links = links
 
     def persistent_load(self, pid: tuple[Any, ...]) -> Any:
         """Return the shell of a reference, made at first sight; DecodeError if no such class."""
-        if pid[0] is None:
-            return self.outside[pid[1]]
         reference, cls, *functional = pid
         if functional:
             private.make_functional(cls)
@@ -175,13 +166,6 @@ class ShellUnpickler(pickle.Unpickler):
                 raise DecodeError(f"{cls.__qualname__} is not a Keras class")
             self._shells[reference] = shell
         return shell
-
-
-def is_everywhere(code: Any) -> bool:
-    """Say whether everybody who has Keras has a class or function."""
-    module = str(code.__module__).partition(".")[0]
-    # a namedtuple's __new__ is of a module of that name
-    return module in _EVERYWHERE or module.startswith("namedtuple_")
 
 
 def closed_file() -> io.StringIO:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import os
 import sys
+import threading
 from pathlib import Path
 
 import cloudpickle
@@ -12,8 +13,9 @@ import keras
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster, wait
+from sklearn.preprocessing import StandardScaler
 
-from dask_keras_serialize import DecodeError, MissingPackageError, RegisterKeras
+from dask_keras_serialize import DecodeError, EncodeError, MissingPackageError, RegisterKeras
 from tests import zoo
 from tests.conftest import start_cluster
 
@@ -157,6 +159,34 @@ def test_objects_that_are_no_models(client):
 def weights_of(obj):
     variables = getattr(obj, "variables", [obj] if isinstance(obj, keras.Variable) else [])
     return [zoo.to_bytes(variable) for variable in variables]
+
+
+class Run:
+    """An object of a user's own, with a model."""
+
+    def __init__(self, model):
+        self.model = model
+
+
+def test_what_cannot_be_sent_is_named(client):
+    """Dask says no more than the class of what was sent."""
+    model = zoo.build("subclassed")
+    model.thing = {"a": [threading.Lock()]}
+    for sent in (model, [model], Run(model), {"a": [Run(model)]}):
+        for send in (client.scatter, lambda sent: client.submit(id, sent)):
+            with pytest.raises(EncodeError, match=r"attribute thing\['a'\]\[0\], a lock") as info:
+                send(sent)
+            assert "\n" not in str(info.value)
+
+
+def test_a_scheduler_opens_nothing(client):
+    """It has no scikit-learn, which a model in a task graph may hold an object of."""
+    model = zoo.build("sequential")
+    model.scaler = StandardScaler().fit(zoo.X)
+    mean = client.submit(shipped(lambda model: model.scaler.mean_), model).result()
+    np.testing.assert_array_equal(mean, model.scaler.mean_)
+    for module in ("sklearn", "keras"):
+        assert not client.run_on_scheduler(lambda name: name in __import__("sys").modules, module)
 
 
 def test_what_objects_share_survives_the_cluster(client):

@@ -1,15 +1,11 @@
 """Fails, naming the entry, when something private that we touch has moved upstream."""
 
 import inspect
-import io
-import pickle
-import sys
 from contextlib import contextmanager
 
 import cloudpickle
 import dask.utils
 import distributed
-import joblib
 import keras
 import pytest
 from distributed import protocol
@@ -165,26 +161,6 @@ def test_collections():
     source = inspect.getsource(protocol.serialize.__wrapped__)
     assert source.count(" serialize(") >= 3, "cluster.serialize_together"
     assert "iterate_collection" in inspect.signature(protocol.serialize).parameters
-
-
-class Probe:
-    """Notes the code that its pickler is called by."""
-
-    def __reduce__(self):
-        Probe.code = sys._getframe(1).f_code
-        return Probe, ()
-
-
-def test_picklers():
-    """What ``pickling`` tells picklers apart by."""
-    cloudpickle.dumps(Probe())
-    assert Probe.code is cloudpickle.Pickler.dump.__code__
-    joblib.dump(Probe(), io.BytesIO())
-    assert Probe.code is pickle._Pickler.save.__code__
-    pickle.dumps(Probe())
-    assert Probe.code is test_picklers.__code__
-    graph = inspect.getsource(distributed.Client._graph_to_futures)
-    assert "serialize(to_serialize(expr)" in graph, "Client._graph_to_futures"
 
 
 def test_cloudpickle():

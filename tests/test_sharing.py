@@ -1,6 +1,7 @@
 """What objects share within one pickle they share when they arrive; nothing else."""
 
 import copy
+import gc
 import io
 import pickle
 import tempfile
@@ -43,6 +44,7 @@ WAYS = {
 
 @pytest.fixture(params=WAYS)
 def send(request):
+    gc.collect()  # the traceback of another test may hold a pickler
     yield WAYS[request.param]
     assert pickling._alive().count == 0, "a parcel outlives its pickle"
 
@@ -215,3 +217,33 @@ def test_a_watched_container_alone(send):
     blocks = send(Blocks().blocks)
     assert [layer.units for layer in blocks] == [zoo.WIDTH, 2]
     assert copy.copy(blocks)[0] is blocks[0]
+
+
+class Bag:
+    """An object of a user's own."""
+
+    def __init__(self, *things):
+        self.things = things
+
+
+@pytest.mark.parametrize("thing", [[1], {"a": 1}, np.ones(3), Bag([1])], ids=type)
+def test_what_one_object_holds_twice_it_holds_twice(send, thing):
+    """Whatever it is, and however deep."""
+    callback = keras.callbacks.Callback()
+    callback.thing, callback.again = thing, {"a": (thing, Bag([thing]))}
+    model = zoo.build("subclassed")
+    model.bag, model.callback = Bag(thing, model), callback
+    for arrived in (send(callback), (replica := send(model)).callback):
+        assert arrived.again["a"][0] is arrived.again["a"][1].things[0][0] is arrived.thing
+    assert replica.bag.things[0] is replica.callback.thing
+    assert replica.bag.things[1] is replica
+
+
+def test_what_is_not_keras_s_is_apart_from_what_lies_beside(send, request):
+    """A parcel is closed: a scheduler passes it on that may lack the code in it."""
+    log = [1]
+    callback = keras.callbacks.Callback()
+    callback.log = log
+    first, second = send([log, callback])
+    assert first == second.log
+    assert (first is second.log) == ("deepcopy" in request.node.name)
