@@ -12,6 +12,9 @@ PYTEST_ARGS ?=
 # a hang ends here; on a quiet machine the tests take well under twelve minutes
 TEST_SECONDS ?= 2400
 
+# the same for everybody who tests
+PINS := $(if $(filter torch,$(BACKEND_EXTRA)),torch==2.13.0)
+
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(BACKEND_EXTRA)
 
@@ -21,7 +24,7 @@ export KERAS_BACKEND ?= $(patsubst tensorflow%,tensorflow,$(BACKEND_EXTRA))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-long lint format bench fidelity build clean
+.PHONY: help install demo test test-jax test-torch test-long lint format bench fidelity build clean
 
 help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,7 +36,7 @@ $(INSTALLED): setup.cfg pyproject.toml
 	  "Python 3.11 or later is needed, this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "installing $(EXTRAS) into $(VENV): a minute or two, once"
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(PINS) --editable '.[$(EXTRAS)]'
 	@touch $@
 
 demo: $(INSTALLED) ## train and predict on two workers, check every bit, draw examples/output/demo.png
@@ -41,6 +44,12 @@ demo: $(INSTALLED) ## train and predict on two workers, check every bit, draw ex
 
 test: $(INSTALLED) ## run the tests, but for the slow ones
 	$(BIN)/python -m pytest -m "not slow" --session-timeout=$(TEST_SECONDS) $(PYTEST_ARGS)
+
+test-jax: ## run the tests on JAX, in an environment of its own
+	$(MAKE) test BACKEND_EXTRA=jax VENV=$(VENV)-jax KERAS_BACKEND=jax
+
+test-torch: ## run the tests on PyTorch, in an environment of its own
+	$(MAKE) test BACKEND_EXTRA=torch VENV=$(VENV)-torch KERAS_BACKEND=torch
 
 test-long: $(INSTALLED) ## run the slow tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -21,21 +21,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from dask_keras_serialize import fidelity, private
+from dask_keras_serialize import compiled, fidelity, private
 from dask_keras_serialize.backends import Array
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.parts import Description, Key, Rebuilt
 from dask_keras_serialize.rebuild import Values, assign_rest, rebuilding, values_at_creation
-
-#: What the trainer lets a user change after ``compile``.
-_TRAINER_ATTRIBUTES = (
-    "run_eagerly",
-    "jit_compile",
-    "steps_per_execution",
-    "stop_training",
-    "stop_evaluating",
-    "stop_predicting",
-)
 
 
 def dump(model: keras.Model) -> Description | str:
@@ -61,7 +51,7 @@ def dump(model: keras.Model) -> Description | str:
         return f"it has no config: {str(error).strip().splitlines()[0]}"
     try:
         lost = fidelity.loss_by_config(model, config)
-        trainer = _describe_trainer(model) if model.compiled and not lost else None
+        trainer = compiled.describe(model) if model.compiled and not lost else None
     except AttributeError as error:  # see private.KERAS
         return f"what its config holds is not known of this Keras: {error}"
     if lost:
@@ -78,7 +68,7 @@ def dump(model: keras.Model) -> Description | str:
         "frozen": [i for i, layer in enumerate(layers) if not layer.trainable],
         "seeds": [(i, name, each.seed) for i, name, each in private.unseeded(layers)],
         "paths": [vars(layer).get("_path") for layer in layers],
-        "compile": compile_config,
+        "compile": compiled.for_every_backend(compile_config),
         "trainer": trainer,
         "history": fidelity.history_of(model),
         "assets": names,
@@ -124,7 +114,10 @@ def load(body: dict[str, Any], values: Values, extras: list[Array]) -> Rebuilt:
                 _remember(model, config["seeds"], config["paths"])
                 _freeze(model, config["frozen"], values)
                 if config["trainer"] is not None:
-                    _compile(model, config["compile"], config["trainer"])
+                    trainer = config["trainer"]
+                    if values.header.backend != keras.backend.backend():
+                        compiled.adapt(config["compile"], trainer["attributes"])
+                    compiled.compile_again(model, config["compile"], trainer)
                     if private.assigns_in_build(model.optimizer):
                         for variable in model.optimizer.variables:
                             given.pop(id(variable), None)
@@ -220,73 +213,6 @@ def _freeze(model: keras.Model, frozen: list[int], values: Values) -> None:
     for variable, entry in zip(model.variables, values.header.variables, strict=False):
         if variable.trainable != entry.trainable:
             variable.trainable = entry.trainable
-
-
-def _describe_trainer(model: keras.Model) -> dict[str, Any] | str:
-    metrics = private.resolved_metrics(model)
-    trainer = {
-        "optimizer-built": model.optimizer.built,
-        "scaled": model.optimizer is not private.compile_arguments(model)["optimizer"],
-        "metrics": metrics,
-        "losses": private.counts_losses(model),
-        "attributes": {
-            name: getattr(model, name) for name in _TRAINER_ATTRIBUTES if hasattr(model, name)
-        },
-    }
-    if (metrics is not None or trainer["losses"]) and _outputs(model) is None:
-        return "its compiled metrics are built but its outputs are not known"
-    return trainer
-
-
-def _compile(model: keras.Model, config: dict[str, Any], trainer: dict[str, Any]) -> None:
-    arguments = keras.saving.deserialize_keras_object(config, safe_mode=True)
-    model.compile(**arguments, auto_scale_loss=trainer["scaled"])
-    for name, value in trainer["attributes"].items():
-        if name in _TRAINER_ATTRIBUTES:
-            setattr(model, name, value)
-    if trainer["optimizer-built"]:
-        model.optimizer.build(model.trainable_variables)
-    metrics = trainer["metrics"]
-    if metrics is not None or trainer["losses"]:
-        y_pred = _outputs(model)
-        y_true = _targets(y_pred, metrics)
-        if trainer["losses"]:
-            private.build_losses(model, y_true, y_pred)
-        if metrics is not None:
-            private.build_metrics(model, y_true, y_pred)
-            rebuilt = private.resolved_metrics(model)
-            if rebuilt != metrics:
-                raise DecodeError(
-                    f"model {model.name!r}: its metrics were {metrics} but are rebuilt as {rebuilt}"
-                )
-
-
-def _outputs(model: keras.Model) -> Any:
-    """Return the model's outputs as it returns them, symbolically; None if unknown."""
-    try:
-        outputs = model.outputs
-        if isinstance(model, keras.Sequential):
-            return outputs[0]
-        return keras.tree.pack_sequence_as(model._outputs_struct, outputs)
-    except (AttributeError, TypeError, ValueError):
-        return None
-
-
-def _targets(y_pred: Any, metrics: list[list[str]] | None) -> Any:
-    """Make targets of such shapes that Keras chooses the same metrics again.
-
-    Keras chooses by shape alone (``keras/src/trainers/compile_utils.py``,
-    ``is_binary_or_sparse_categorical``): sparse where the targets lack the last axis.
-    """
-    flat = keras.tree.flatten(y_pred)
-    rows = metrics or []
-    targets = []
-    for i, output in enumerate(flat):
-        names = [name for row in rows[i :: len(flat)] for name in row]
-        sparse = any(name.startswith("Sparse") for name in names)
-        shape = output.shape[:-1] if sparse else output.shape
-        targets.append(keras.KerasTensor(shape, dtype=output.dtype))
-    return keras.tree.pack_sequence_as(y_pred, targets)
 
 
 def _with_assets(model: keras.Model) -> Iterator[tuple[int, keras.Layer]]:

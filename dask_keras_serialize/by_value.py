@@ -38,7 +38,15 @@ from dask_keras_serialize.parts import Description, Key, Rebuilt, Reference
 from dask_keras_serialize.private import MISSING, Tracker
 from dask_keras_serialize.rebuild import Values, check_fits, rebuilding
 from dask_keras_serialize.shells import ShellPickler, ShellUnpickler
-from dask_keras_serialize.states import Custom, attributes_of, complete, fill, next_place, state_of
+from dask_keras_serialize.states import (
+    Custom,
+    attributes_of,
+    complete,
+    fill,
+    has_value,
+    next_place,
+    state_of,
+)
 
 
 def dump(
@@ -226,7 +234,7 @@ class _Dump:
     def state(self, obj: Any) -> Any:
         """Return what fills an object's shell, as it is pickled."""
         state = state_of(obj, self.backend, self.variables)
-        if isinstance(obj, keras.Variable) and obj._value is not None:
+        if isinstance(obj, keras.Variable) and has_value(obj):
             state["value"] = len(self.variables)
             self.variables.append(obj)
         elif isinstance(obj, Tracker):

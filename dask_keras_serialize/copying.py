@@ -30,6 +30,7 @@ from dask_keras_serialize.states import (
     attributes_of,
     complete,
     fill,
+    has_value,
     items_of,
     next_place,
     state_of,
@@ -165,7 +166,7 @@ class _Copying:
             self.filled.append((shell, state))
             if not isinstance(state, Custom):
                 fill(shell, state)
-            if isinstance(obj, keras.Variable) and obj._value is not None:
+            if isinstance(obj, keras.Variable) and has_value(obj):
                 self.variables.append(obj)
                 array = view(obj, self.backend, private.describe(obj))
                 shell._initialize(self.backend.tensor(array))

@@ -20,6 +20,7 @@ from importlib import metadata
 from typing import Any, Literal
 
 import msgpack
+import numpy as np
 
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.fingerprints import fingerprints
@@ -250,6 +251,17 @@ class Header:
         except Exception as error:  # msgpack has no common base for what bad bytes raise
             raise DecodeError(f"not a header written by {FORMAT}: {error!r}") from None
         return cls.from_wire(wire)
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Return NumPy's dtype of one of Keras's, not for strings."""
+    try:
+        return np.dtype(name)
+    except TypeError:
+        import ml_dtypes  # float8 and bfloat16; a dependency of every keras
+
+        dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+        return dtype
 
 
 @functools.cache

@@ -163,6 +163,8 @@ def _twin(cls: Any) -> Any:
 def _extra(layer: keras.Layer) -> str | None:
     """Find attributes that no method of the layer's class sets."""
     extra = vars(layer).keys() - _stored_names(layer.__class__) - _SET_FROM_OUTSIDE
+    # torch's modules set some by their names
+    extra -= vars(_twin(keras.Layer)).keys()
     if extra:
         return f"attribute {min(extra)!r} was set on {layer.name!r} from outside"
     return None

@@ -47,10 +47,8 @@ class Parcel:
         self, header: bytes, buffers: Sequence[object], links: Sequence[Parcel] = ()
     ) -> None:
         self.header = Header.from_bytes(header)
-        self.frames: list[Frame] = []
-        for buffer in buffers:
-            own = own_mapping(buffer)
-            self.frames += as_frames([own], self.header.owner, keep=own is not buffer)
+        self.frames: list[Frame] = as_frames(buffers, self.header.owner)
+        self._buffers = tuple(buffers)
         self.links = tuple(links)
         self._packed_header = header
         self._rebuilt: Rebuilt | None = None
@@ -108,8 +106,17 @@ class Parcel:
                 from dask_keras_serialize.protocol import decode_parts
 
             links = [link.rebuild(memo) for link in self.links]
-            memo[id(self)] = decode_parts(self.header, self.frames, links)
+            memo[id(self)] = decode_parts(self.header, self._frames_to_give(), links)
         return memo[id(self)]
+
+    def _frames_to_give(self) -> list[Frame]:
+        """Return frames for one object: mapped files mapped anew, which it may write to."""
+        frames: list[Frame] = []
+        for buffer, frame in zip(self._buffers, self.frames, strict=True):
+            own = own_mapping(buffer)
+            mapped = own is not buffer
+            frames += as_frames([own], self.header.owner, keep=True) if mapped else [frame]
+        return frames
 
     def part(self, key: Key | None) -> Any:
         """Return the object (None) or one of its parts; all of a pickle share them."""

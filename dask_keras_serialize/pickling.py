@@ -210,6 +210,7 @@ def _slots() -> Iterator[tuple[Any, str, Any]]:
 
 #: What stood in each slot; None where nothing did.
 _before: list[tuple[Any, str, Any]] = []
+_reducers: dict[type, Any] = {}
 
 
 def install() -> None:
@@ -218,6 +219,7 @@ def install() -> None:
         _before.append((cls, name, vars(cls).get(name)))
         setattr(cls, name, ours)
     for cls in _classes_of_backend("TENSORS"):
+        _reducers[cls] = copyreg.dispatch_table.get(cls)
         copyreg.pickle(cls, lambda tensor: reduce_object(tensor, 4))
 
 
@@ -229,8 +231,12 @@ def uninstall() -> None:
             setattr(cls, name, original)
         else:
             delattr(cls, name)
-    for cls in _classes_of_backend("TENSORS"):
-        copyreg.dispatch_table.pop(cls, None)
+    while _reducers:
+        cls, reducer = _reducers.popitem()
+        if reducer is not None:
+            copyreg.pickle(cls, reducer)
+        else:
+            copyreg.dispatch_table.pop(cls, None)
 
 
 def take_deepcopy() -> Callable[[], None] | None:

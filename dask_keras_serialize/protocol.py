@@ -113,12 +113,23 @@ def encode_parts(
     name, backend = backends.current()
     encoding: Encoding = "value"
     described: Description | None = None
+    reason = ""
     if links or seen:
         described = by_value.dump(obj, links=links, seen=seen)
     if isinstance(obj, keras.Model) and not seen and not (described and described.links):
-        by_its_config = by_config.dump(obj)
+        try:
+            by_its_config = by_config.dump(obj)
+        except (RuntimeError, TypeError) as error:
+            if isinstance(error, EncodeError):
+                raise
+            # a value that JAX's trainer has taken out, or has given away to a step
+            raise EncodeError(
+                f"{owner}: it cannot be read while the model is being trained ({error!r}): send it "
+                "from a callback, by its self.model, or between epochs"
+            ) from error
         if isinstance(by_its_config, str):
             logger.debug("%s goes by value: %s", owner, by_its_config)
+            reason = by_its_config
         else:
             encoding, described = "config", by_its_config
     described = described or by_value.dump(obj, for_token=for_token)
@@ -136,6 +147,8 @@ def encode_parts(
         VariableEntry(v.path, tuple(map(int, v.shape)), v.dtype, bool(v.trainable), location)
         for v, location in zip(variables, locations[: len(variables)], strict=True)
     )
+    if reason:
+        body["reason"] = reason
     body["extras"] = [list(location) for location in locations[len(variables) :]]
     header = Header(
         encoding=encoding,
@@ -257,11 +270,6 @@ def _check_environment(header: Header) -> None:
         raise DecodeError(f"{header.owner}: {error}") from None
     if header.backend not in backends.NAMES:
         raise DecodeError(f"{header.owner}: sent from an unknown backend {header.backend!r}")
-    if header.backend != here:
-        raise DecodeError(
-            f"{header.owner}: sent from the backend {header.backend!r}, but Keras runs on "
-            f"{here!r} in this process: set KERAS_BACKEND to the same on both sides"
-        )
     if header.encoding == "config":
         return
     if not config.get(f"{FORMAT}.by-value", True):
@@ -269,6 +277,12 @@ def _check_environment(header: Header) -> None:
         raise DecodeError(
             f"{header.owner}: it travels by value, which runs pickle, and the setting "
             f"{FORMAT}.by-value forbids that here; code of its own that it names: {code}"
+        )
+    if header.backend != here:
+        reason = f" ({header.body['reason']})" if header.body.get("reason") else ""
+        raise DecodeError(
+            f"{header.owner}: sent by value{reason} from the backend {header.backend!r}, but Keras "
+            f"runs on {here!r} in this process: set KERAS_BACKEND to the same on both sides"
         )
     ours = {"python": python_version(), "keras": keras.version()}
     for what, version in ours.items():

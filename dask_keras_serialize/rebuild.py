@@ -20,13 +20,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import keras
-import numpy as np
 
 from dask_keras_serialize import backends, private, strings
 from dask_keras_serialize.aside import own_random
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.frames import LARGE, Frame, unpack
-from dask_keras_serialize.header import ITEMSIZE, STRING, Header
+from dask_keras_serialize.header import ITEMSIZE, STRING, Header, numpy_dtype
 
 #: ``id(variable)`` to the index of its value, and the variable, so that the id stays its.
 Given = dict[int, tuple[int, keras.Variable]]
@@ -59,7 +58,7 @@ class Values:
         raw = unpack(self._frames, entry.location, owner)
         if entry.dtype == STRING:
             return strings.from_bytes(raw, entry.shape, owner)
-        return raw.view(_dtype(entry.dtype)).reshape(entry.shape)
+        return raw.view(numpy_dtype(entry.dtype)).reshape(entry.shape)
 
     def tensor(self, index: int) -> Any:
         """Return variable ``index`` as a tensor of the backend."""
@@ -179,7 +178,9 @@ def _hint(path: str) -> tuple[str, ...]:
 def check_fits(variable: keras.Variable, index: int, header: Header) -> None:
     """Raise DecodeError unless a rebuilt variable is the one of a row of the table."""
     entry = header.variables[index]
-    if tuple(variable.shape) != entry.shape or variable.dtype != entry.dtype:
+    # seeds are of another dtype in each backend
+    as_sent = variable.dtype == entry.dtype or header.backend != keras.backend.backend()
+    if tuple(variable.shape) != entry.shape or not as_sent:
         raise DecodeError(
             f"{header.owner}: variable {index} was sent as {entry.path!r} {entry.shape} "
             f"{entry.dtype} but is rebuilt here as {variable.path!r} "
@@ -192,13 +193,3 @@ def _versions(header: Header) -> str:
     if theirs == here:
         return f"both sides run keras {here}: report it with the model's config"
     return f"it was sent by keras {theirs}, this is keras {here}: use the same on both sides"
-
-
-def _dtype(name: str) -> np.dtype[Any]:
-    try:
-        return np.dtype(name)
-    except TypeError:
-        import ml_dtypes  # float8 and bfloat16; a dependency of every keras
-
-        dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
-        return dtype

@@ -28,8 +28,14 @@ _PLAIN = (str, int, float, bytes, type(None))
 
 #: Modules whose code everybody has who has Keras.
 _EVERYWHERE = frozenset(
-    {*sys.stdlib_module_names, "keras", "tensorflow", "jax", "torch", "numpy", "ml_dtypes"}
-    | {"cloudpickle", "dask_keras_serialize"}
+    {*sys.stdlib_module_names, "keras", "tensorflow", "jax", "jaxlib", "torch", "numpy"}
+    | {"ml_dtypes", "cloudpickle", "dask_keras_serialize"}
+)
+
+#: Whose classes leave it to us how their instances are pickled; of collections,
+#: OrderedDict, which Keras has a subclass of.
+_KERAS_AND_BELOW = frozenset(
+    {"keras", "tensorflow", "torch", "jax", "jaxlib", "flax", "builtins", "collections"}
 )
 
 
@@ -208,6 +214,4 @@ def own_method(cls: type, name: str) -> bool:
 
 
 def _foreign(cls: type) -> bool:
-    root = cls.__module__.partition(".")[0]
-    # of collections, OrderedDict, which Keras has a subclass of
-    return root not in ("keras", "tensorflow", "torch", "jax", "flax", "builtins", "collections")
+    return cls.__module__.partition(".")[0] not in _KERAS_AND_BELOW

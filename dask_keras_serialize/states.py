@@ -18,6 +18,7 @@ import keras
 from dask_keras_serialize import mending, private
 from dask_keras_serialize.backends import Array, Backend
 from dask_keras_serialize.errors import EncodeError
+from dask_keras_serialize.header import STRING, numpy_dtype
 from dask_keras_serialize.private import State, Tracker
 from dask_keras_serialize.shells import own_method
 
@@ -164,12 +165,20 @@ def view(variable: keras.Variable, backend: Backend, owner: str) -> Array:
     """
     shape = tuple(variable.shape)
     for _ in range(1000):
-        array = backend.view(variable)
-        if array.shape == shape:
-            return array
-        # TensorFlow takes a tensor apart for as long as it updates it in place
+        array = backend.view(variable) if variable._value is not None else None
+        if array is not None and array.shape == shape:
+            # JAX keeps 64 bits in 32, torch unsigned numbers in wider ones that have a sign
+            unlike = variable.dtype != STRING and array.dtype.name != variable.dtype
+            return array.astype(numpy_dtype(variable.dtype)) if unlike else array
+        # TensorFlow takes a tensor apart for as long as it updates it in place; JAX's trainer
+        # takes the values out of their variables for an epoch
         time.sleep(0.001)
     raise EncodeError(
-        f"{owner}: variable {variable.path!r} of shape {shape} keeps reading as {array.shape} "
-        "while another thread updates it: send it when it is not being trained"
+        f"{owner}: variable {variable.path!r} has no value of its shape {shape} while the model is "
+        "being trained: send it from a callback, by its self.model, or between epochs"
     )
+
+
+def has_value(variable: keras.Variable) -> bool:
+    """Say whether a variable is initialised, even if a trainer holds its value just now."""
+    return variable._value is not None or variable._initializer is None

@@ -13,7 +13,6 @@ import cloudpickle
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from distributed import protocol
 from keras import layers
 
@@ -182,32 +181,7 @@ def test_layers_adapted_by_hand(send):
     model = stack(layer)
     assert encode(model)[0].encoding == "config"
     layer.mean = layer.mean * 0
-    np.testing.assert_array_equal(send(model)(X), model(X))
-
-
-def test_lookups_half_way(send):
-    layer = layers.StringLookup()
-    layer.update_state(tf.constant(["a", "b", "a"]))
-    replica = send(layer)
-    for each in (layer, replica):
-        each.update_state(tf.constant(["b", "b"]))
-        each.finalize_state()
-    assert replica.get_vocabulary() == layer.get_vocabulary() == ["[UNK]", "b", "a"]
-
-
-def test_lookups_in_another_encoding(send):
-    layer = layers.StringLookup(vocabulary=["é"], encoding="latin-1", invert=True)
-    for twin in (send(layer), send(keras.Sequential([layer])).layers[0]):
-        assert twin(tf.constant([1])).numpy().tolist() == layer(tf.constant([1])).numpy().tolist()
-
-
-class Lookup(layers.StringLookup):
-    def __init__(self, words):
-        super().__init__(vocabulary=words.split())
-
-
-def test_a_lookup_made_of_other_arguments(send):
-    assert send(Lookup("a b")).get_vocabulary() == ["[UNK]", "a", "b"]
+    zoo.assert_equal(send(model)(X), model(X))
 
 
 class Dictionary(dict, keras.callbacks.Callback):
@@ -261,7 +235,7 @@ def test_a_class_sets_its_state_when_all_its_parts_are_there(send):
     replica = send(model)
     assert replica.units == 1
     assert replica.lock is not model.lock
-    np.testing.assert_array_equal(replica(X), model(X))
+    zoo.assert_equal(replica(X), model(X))
     assert [v.path for v in replica.trainable_variables] == [v.path for v in model.variables]
 
 
@@ -272,6 +246,7 @@ def test_exclusions_made_before_the_first_batch(send):
     model.compile(optimizer, "sparse_categorical_crossentropy")
     replica = send(model)
     for each in (model, replica):
+        keras.utils.set_random_seed(0)
         each.fit(X, zoo.LABELS, shuffle=False, verbose=0)
     zoo.assert_same(model, replica)
 
@@ -292,17 +267,12 @@ def test_a_reduce_that_asks_for_what_it_overrides(cls):
     model(X, training=True)
     replica = pickle.loads(pickle.dumps(model))
     assert replica.notes == model.notes
-    np.testing.assert_array_equal(replica(X, training=True), model(X, training=True))
+    zoo.assert_equal(*(dropping_out(each) for each in (replica, model)))
 
 
-def test_a_traced_function_is_traced_again(send):
-    model = zoo.Subclassed((4,))
-    model.fast = tf.function(model.call, reduce_retracing=True)
-    expected = model.fast(X)
-    replica = send(model)
-    np.testing.assert_array_equal(replica.fast(X), expected)
-    replica.out.bias.assign(replica.out.bias + 1)
-    assert not np.array_equal(replica.fast(X), expected)
+def dropping_out(model):
+    keras.utils.set_random_seed(0)  # torch's dropout draws from the process
+    return model(X, training=True)
 
 
 def test_closed_files_travel_and_open_ones_do_not(tmp_path):
@@ -355,9 +325,6 @@ def test_errors_name_the_path(thing, on):
         with pytest.raises(EncodeError, match=path) as info:
             way([obj])
         assert "\n" not in str(info.value)
-    obj.thing = tf.data.Dataset.range(3)
-    with pytest.raises(EncodeError, match="attribute thing"):
-        pickle.dumps(obj)
 
 
 class Keeps:

@@ -17,7 +17,7 @@ FLOORS = [
     {"packed", "copying"},
     {"protocol", "broken", "views", "mapped"},
     {"by_config", "by_value"},
-    {"fidelity", "rebuild", "states"},
+    {"fidelity", "rebuild", "states", "compiled"},
     {"layerwise", "mending"},
     {"shells"},
     {"private", "likeness", "parts", "blame", "aside"},

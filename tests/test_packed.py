@@ -3,6 +3,7 @@ import json
 import pickle
 from html.parser import HTMLParser
 
+import keras
 import numpy as np
 import pytest
 from dask.base import tokenize
@@ -70,7 +71,7 @@ def test_its_line_says_what_matters():
     parcel = pack(zoo.build("trained subclassed"))
     line = repr(parcel)
     assert line == repr(PackedObject(parcel)).replace("PackedObject", "Parcel")
-    for part in (parcel.header.owner, "by value", "tensorflow", "19 variables, 2.33 kiB"):
+    for part in (parcel.header.owner, "by value", keras.backend.backend(), "19 variables, 2.3"):
         assert part in line
     assert "code: zoo.Subclassed>" in line
     assert "PackedObject ('layer', 1) of model" in repr(PackedObject(parcel, ("layer", 1)))

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import random
 import threading
 import time
@@ -51,6 +52,10 @@ def test_training_goes_on_to_the_bit(name):
     model.make_train_function(force=True)
     target = zoo.TARGET.get(name, "sparse")
     for trained in (model, replica):
+        # torch's dropout draws from the process, not from the layer, and so does what
+        # builds a loss before the first step
+        trained.test_on_batch(zoo.X, zoo.TARGETS[target])
+        keras.utils.set_random_seed(0)
         trained.fit(zoo.X, zoo.TARGETS[target], epochs=2, shuffle=False, verbose=0)
     assert model.history.history == replica.history.history
     zoo.assert_same(model, replica)
@@ -99,12 +104,12 @@ def test_metrics_arrive_with_their_totals():
 def test_large_variables_leave_without_a_copy():
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((256,)), layers.Dense(512), layers.Dense(64)])
-    large = [v for v in model.variables if v.shape.num_elements() * 4 >= frames.LARGE]
+    large = [v for v in model.variables if math.prod(v.shape) * 4 >= frames.LARGE]
     _, parts = encode(model)
     assert len(large) == 2
     assert len(parts) == 1 + len(large)
     where = [np.frombuffer(part, np.uint8).ctypes.data for part in parts[1:]]
-    assert where == [np.asarray(memoryview(v.value.value())).ctypes.data for v in large]
+    assert where == [zoo.address(v) for v in large]
 
 
 def test_frames_do_not_show_later_training():
@@ -144,7 +149,7 @@ def test_each_byte_is_copied_once_on_the_way_in(monkeypatch):
 
 def refuse_but_counters(original):
     def assign(variable, value):
-        assert variable.shape.num_elements() <= 2, f"{variable.path} was assigned, not created"
+        assert math.prod(variable.shape) <= 2, f"{variable.path} was assigned, not created"
         return original(variable, value)
 
     return assign
@@ -225,7 +230,12 @@ def test_a_model_in_training_is_sent_whole_or_refused():
     thread.start()
     try:
         for _ in range(60):
-            header, _ = encode(model)
+            try:
+                header, _ = encode(model)
+            except EncodeError as error:  # JAX's trainer has the values for an epoch
+                assert keras.backend.backend() == "jax"
+                assert "while the model is being trained" in str(error)  # noqa: PT017
+                continue
             Header.from_wire(header.to_wire())  # refuses a variable of no bytes
     finally:
         done.set()
@@ -278,7 +288,13 @@ def test_every_dtype_survives():
     dtypes = ["bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]
     dtypes += ["float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2"]
     dtypes += ["complex64", "complex128"]
-    model.kept = [keras.Variable(np.arange(6.0).reshape(2, 3), dtype=dtype) for dtype in dtypes]
+    # Keras has no such on torch, and JAX only if told so
+    lacking = {"torch": {"uint64"}, "jax": {"int64", "uint64", "float64", "complex128"}}
+    dtypes = [each for each in dtypes if each not in lacking.get(keras.backend.backend(), ())]
+    model.kept = [
+        keras.Variable(np.arange(6.0).reshape(2, 3), dtype=dtype, trainable=False)
+        for dtype in dtypes
+    ]
     replica = round_trip(model)
     assert [v.dtype for v in replica.kept] == dtypes
     for ours, theirs in zip(model.kept, replica.kept, strict=True):

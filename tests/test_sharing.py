@@ -129,7 +129,7 @@ def test_inside_a_users_own_object(send):
     ours = {id(v) for v in arrived.model.trainable_variables}
     assert {id(v) for v in arrived.optimizer._trainable_variables} == ours
     assert not ours & {id(v) for v in arrived.average.variables}  # nor is sharing invented
-    gradients = [keras.ops.ones_like(v) for v in arrived.model.trainable_variables]
+    gradients = [keras.ops.ones_like(v.value) for v in arrived.model.trainable_variables]
     arrived.optimizer.apply(gradients, arrived.model.trainable_variables)
     trainer.optimizer.apply(gradients, trainer.model.trainable_variables)
     zoo.assert_same(trainer.model, arrived.model)

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import pickle
 
 import keras
 import ml_dtypes
@@ -10,11 +11,15 @@ import pytest
 import tensorflow as tf
 from distributed.comm import connect, listen, tcp
 from distributed.protocol import to_serialize
+from keras import layers
 
 from dask_keras_serialize import frames
 from dask_keras_serialize.backends import tensorflow as backend
+from dask_keras_serialize.errors import EncodeError
 from dask_keras_serialize.frames import ALIGNMENT
 from dask_keras_serialize.header import ITEMSIZE
+from tests import zoo
+from tests.test_hard_objects import WAYS, X
 from tests.zoo import to_bytes
 
 DTYPES = [np.dtype(getattr(ml_dtypes, name, name)) for name in ITEMSIZE if name != "string"]
@@ -164,3 +169,51 @@ def test_a_deepcopy_shares_memory_until_one_of_the_two_is_written_to(dtype, writ
         assert to_bytes(other) == before
     del model, twin, written
     assert to_bytes(other) == before
+
+
+@pytest.fixture(params=WAYS)
+def send(request):
+    return WAYS[request.param]
+
+
+def test_lookups_half_way(send):
+    layer = layers.StringLookup()
+    layer.update_state(tf.constant(["a", "b", "a"]))
+    replica = send(layer)
+    for each in (layer, replica):
+        each.update_state(tf.constant(["b", "b"]))
+        each.finalize_state()
+    assert replica.get_vocabulary() == layer.get_vocabulary() == ["[UNK]", "b", "a"]
+
+
+def test_lookups_in_another_encoding(send):
+    layer = layers.StringLookup(vocabulary=["é"], encoding="latin-1", invert=True)
+    for twin in (send(layer), send(keras.Sequential([layer])).layers[0]):
+        assert twin(tf.constant([1])).numpy().tolist() == layer(tf.constant([1])).numpy().tolist()
+
+
+def test_a_traced_function_is_traced_again(send):
+    model = zoo.Subclassed((4,))
+    model.fast = tf.function(model.call, reduce_retracing=True)
+    expected = model.fast(X)
+    replica = send(model)
+    np.testing.assert_array_equal(replica.fast(X), expected)
+    replica.out.bias.assign(replica.out.bias + 1)
+    assert not np.array_equal(replica.fast(X), expected)
+
+
+class Lookup(layers.StringLookup):
+    def __init__(self, words):
+        super().__init__(vocabulary=words.split())
+
+
+def test_a_lookup_made_of_other_arguments(send):
+    assert send(Lookup("a b")).get_vocabulary() == ["[UNK]", "a", "b"]
+
+
+@pytest.mark.parametrize("on", [lambda: zoo.Subclassed((4,)), keras.optimizers.Adam])
+def test_a_dataset_is_refused_by_name(on):
+    obj = on()
+    obj.thing = tf.data.Dataset.range(3)
+    with pytest.raises(EncodeError, match="attribute thing"):
+        pickle.dumps(obj)

@@ -35,8 +35,8 @@ NAMES = ("tensorflow", "jax", "torch")
 class Backend(Protocol):
     """What an adapter offers; its modules are the instances."""
 
-    def view(self, variable: Any) -> Array:
-        """View a ``keras.Variable``'s value."""
+    def view(self, variable: Any) -> Array | None:
+        """View a ``keras.Variable``'s value; None where it has none just now."""
 
     def tensor(self, array: Array) -> Any:
         """Turn an array into a tensor."""

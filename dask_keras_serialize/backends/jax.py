@@ -11,7 +11,7 @@ import numpy as np
 from dask_keras_serialize.backends import Array
 
 
-def view(variable: Any) -> Array:
+def view(variable: Any) -> Array | None:
     """View a variable's value.
 
     Parameters
@@ -22,21 +22,47 @@ def view(variable: Any) -> Array:
     Returns
     -------
     ndarray
-        Read-only, of the variable's shape and dtype. JAX does not donate a buffer
-        that is viewed.
+        Read-only, of the variable's shape and dtype. JAX gives no memory away, when an
+        array is donated, that is viewed. None if it was given away just now.
 
     Notes
     -----
     Copies: none for an array in host memory, else one.
     """
-    array: Array = np.asarray(variable.value)
+    try:
+        array: Array = np.asarray(variable.value).view(_View)
+    except RuntimeError:  # given away to a step of training in another thread
+        return None
     array.flags.writeable = False
     return array
 
 
+class _View(np.ndarray[Any, np.dtype[Any]]):
+    """An array's memory, which JAX never writes to."""
+
+
 def tensor(array: Array) -> jax.Array:
-    """Copy an array; ``copy=True`` because JAX would alias an aligned one."""
-    return jnp.array(array, copy=True)
+    """Turn an array into one of JAX's.
+
+    Parameters
+    ----------
+    array : ndarray
+        A writeable one is the caller's to give away: nobody may write to it any more.
+
+    Returns
+    -------
+    jax.Array
+        On the default device. JAX never writes to memory it adopted, nor gives it away
+        when it is donated.
+
+    Notes
+    -----
+    Copies: none of a writeable array, nor of a view of an array of this process, that starts
+    at a multiple of 64 bytes; else one, by JAX where it is not aligned.
+    """
+    if array.flags.writeable or isinstance(array, _View):
+        return jax.device_put(np.asarray(array), may_alias=True)
+    return jnp.array(array, copy=True)  # device_put may alias what others write to
 
 
 def version() -> str:
@@ -66,7 +92,9 @@ def reduce(obj: Any) -> tuple[Any, ...] | None:
 
 
 def drop(obj: Any, state: dict[str, Any]) -> None:
-    """Leave nothing out."""
+    """Leave out what a trainer holds for an epoch (``keras/src/backend/jax/trainer.py``)."""
+    if state.pop("_jax_state", None) is not None:
+        state["_jax_state_synced"] = True
 
 
 def mend(obj: Any, state: dict[str, Any]) -> None:

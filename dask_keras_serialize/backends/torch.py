@@ -1,4 +1,9 @@
-"""PyTorch: tensors are updated in place, so a view has to be a copy."""
+"""PyTorch: tensors are updated in place, so memory is shared until one of the two writes.
+
+PyTorch can do that itself: ``Tensor._lazy_clone()`` shares a storage whose first writer
+takes a copy (``c10/core/impl/COW.h``). It is private, as is ``torch._C._data_address``, which
+tells where such a tensor lies without taking the copy: without them every byte is copied.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +24,12 @@ _BITS: dict[torch.dtype, tuple[torch.dtype, Any]] = {
 _DTYPES = {np.dtype(there): (bits, here) for here, (bits, there) in _BITS.items()}
 
 
+#: Whether this PyTorch can share memory until it is written to.
+LAZY = hasattr(torch.Tensor, "_lazy_clone") and hasattr(torch._C, "_data_address")
+
+
 def view(variable: Any) -> Array:
-    """Copy a variable's value.
+    """View a variable's value.
 
     Parameters
     ----------
@@ -30,30 +39,91 @@ def view(variable: Any) -> Array:
     Returns
     -------
     ndarray
-        Read-only, of the variable's shape and dtype.
+        Read-only, of the variable's shape and dtype. Later training does not show: the
+        first to write to the tensor takes memory of its own.
 
     Notes
     -----
-    Copies: one, because training writes to the tensor's own memory and would show
-    in a view.
+    Copies: none for a tensor in host memory that PyTorch allocated; else one, as for one that
+    adopted the memory it was received in.
     """
-    value = variable.value.detach().to("cpu", copy=True).contiguous()
-    if value.dtype in _BITS:
-        bits, dtype = _BITS[value.dtype]
-        array: Array = value.view(bits).numpy().view(dtype)
-    else:
-        array = value.numpy()
-    array.flags.writeable = False
-    return array
+    tensor = variable.value.detach()
+    known = tensor.dtype in _BITS
+    dtype = _BITS[tensor.dtype][1] if known else _numpy_dtype(tensor.dtype)
+    return np.asarray(_Memory(_own_view(tensor))).view(dtype).reshape(tuple(tensor.shape))
+
+
+def _own_view(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that nobody writes to, of the same content, contiguous, on the host."""
+    if LAZY and tensor.device.type == "cpu" and tensor.is_contiguous():
+        try:
+            return tensor._lazy_clone()
+        except RuntimeError:  # memory that it did not allocate cannot change hands
+            pass
+    return tensor.to("cpu", copy=True).contiguous()
+
+
+class _Memory:
+    """A tensor's memory as bytes, for NumPy; keeps the tensor."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        address = torch._C._data_address(tensor) if LAZY else tensor.data_ptr()
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": (tensor.nbytes,),
+            "typestr": "|u1",
+            "data": (address, True),
+        }
+
+
+def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    known: np.dtype[Any] = torch.empty(0, dtype=dtype).numpy().dtype
+    return known
 
 
 def tensor(array: Array) -> torch.Tensor:
-    """Copy an array into a tensor that owns its memory."""
+    """Turn an array into a tensor; ``torch.nn.Parameter(tensor)`` then takes its memory over.
+
+    Parameters
+    ----------
+    array : ndarray
+        Any shape and dtype that ``header.ITEMSIZE`` names. A writeable one is the
+        caller's to give away: from now on training writes to it.
+
+    Returns
+    -------
+    torch.Tensor
+        In host memory.
+
+    Notes
+    -----
+    Copies: none of a writeable array, and none of a view of a tensor of this process, until
+    one of the two is written to; else one.
+    """
+    behind = _tensor_behind(array)
+    if behind is not None:
+        return behind
+    if not array.flags.writeable or not array.flags.c_contiguous:
+        array = array.copy()  # training would write to what is read-only
     if array.dtype in _DTYPES:
         bits, dtype = _DTYPES[array.dtype]
         width = {1: np.uint8, 2: np.int16}[array.dtype.itemsize]
-        return torch.from_numpy(array.view(width).copy()).view(bits).view(dtype)
-    return torch.from_numpy(array.copy())
+        return torch.from_numpy(array.view(width)).view(bits).view(dtype)
+    return torch.from_numpy(array)
+
+
+def _tensor_behind(array: Array) -> torch.Tensor | None:
+    """Return a tensor that shares the memory that :func:`view` gave as this array."""
+    base: Any = array
+    while isinstance(base, (np.ndarray, memoryview)):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
+    if not isinstance(base, _Memory) or not LAZY or base.tensor.nbytes != array.nbytes:
+        return None
+    known = _DTYPES[array.dtype][1] if array.dtype in _DTYPES else None
+    if base.tensor.dtype != known and _numpy_dtype(base.tensor.dtype) != array.dtype:
+        return None
+    return _own_view(base.tensor).reshape(array.shape)
 
 
 def version() -> str:
@@ -79,8 +149,18 @@ def reduce(obj: Any) -> None:
 
 
 def drop(obj: Any, state: dict[str, Any]) -> None:
-    """Leave nothing out."""
+    """Leave out what torch's modules list of a layer's variables by themselves."""
+    modules = state.get("_modules")
+    if isinstance(obj, torch.nn.Module) and modules and _PARAMETERS in modules:
+        state["_modules"] = {name: each for name, each in modules.items() if name != _PARAMETERS}
+        state[_LISTED] = True
 
 
 def mend(obj: Any, state: dict[str, Any]) -> None:
-    """Mend nothing."""
+    """List a layer's variables again (``keras/src/backend/torch/layer.py``)."""
+    if vars(obj).pop(_LISTED, False):
+        obj._track_variables()
+
+
+_PARAMETERS = "_torch_params"
+_LISTED = "variables listed by torch"
