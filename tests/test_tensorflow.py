@@ -5,53 +5,22 @@ import copy
 import pickle
 
 import keras
-import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow as tf
-from distributed.comm import connect, listen, tcp
-from distributed.protocol import to_serialize
+from distributed.comm import tcp
 from keras import layers
 
-from dask_keras_serialize import frames
 from dask_keras_serialize.backends import tensorflow as backend
 from dask_keras_serialize.errors import EncodeError
-from dask_keras_serialize.frames import ALIGNMENT
-from dask_keras_serialize.header import ITEMSIZE
 from tests import zoo
+from tests.test_backends import at, over_tcp
 from tests.test_hard_objects import WAYS, X
 from tests.zoo import to_bytes
-
-DTYPES = [np.dtype(getattr(ml_dtypes, name, name)) for name in ITEMSIZE if name != "string"]
-
-
-def at(offset, dtype="float32", count=1000):
-    """Make a writeable array that starts so many bytes after an aligned address."""
-    raw = np.zeros(count * np.dtype(dtype).itemsize + 2 * ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT + offset
-    array = raw[start : start + count * np.dtype(dtype).itemsize]
-    array[:] = np.arange(len(array)) % 2
-    return array.view(dtype)
 
 
 def address(variable):
     return backend.view(variable).ctypes.data
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("offset", [0, 16, 48])
-@pytest.mark.parametrize("writeable", [True, False])
-def test_adopted_where_safe_else_copied(dtype, offset, writeable):
-    array = at(offset, dtype).reshape(10, 100)
-    array.flags.writeable = writeable
-    variable = tf.Variable(backend.tensor(array))
-    holder = type("Variable", (), {"value": variable})
-    view = backend.view(holder)
-    assert view.dtype == array.dtype
-    assert view.tobytes() == array.tobytes()
-    adopts = writeable and offset == 0 and "float8" not in dtype.name
-    assert (view.ctypes.data == array.ctypes.data) is adopts
-    assert "float8" in dtype.name or view.ctypes.data % ALIGNMENT == 0
 
 
 @pytest.mark.parametrize("jit", [False, True])
@@ -92,28 +61,6 @@ def test_the_memory_lives_as_long_as_the_variable():
     assert garbage
 
 
-def test_variables_received_over_tcp_are_used_where_they_arrived(monkeypatch):
-    """By address, through a real comm; one is over 64 MiB, which it cuts and merges."""
-    arrived = []
-    original = frames.as_frames
-
-    def spy(buffers, owner, **keywords):
-        arrived.extend(np.frombuffer(buffer, np.uint8).ctypes.data for buffer in buffers)
-        return original(buffers, owner, **keywords)
-
-    monkeypatch.setattr(frames, "as_frames", spy)
-    keras.utils.set_random_seed(0)
-    model = keras.Sequential([keras.Input((4096,)), *map(keras.layers.Dense, (5120, 129, 131))])
-    replica = asyncio.run(over_tcp(model))
-    _, *large = arrived
-    kernels = replica.variables[::2]
-    assert [address(kernel) for kernel in kernels] == large
-    for ours, theirs in zip(model.variables, replica.variables, strict=True):
-        assert np.array_equal(ours, theirs)
-    kernels[0].assign(kernels[0] + 1)  # the first update makes room
-    assert address(kernels[0]) != large[0]
-
-
 def test_without_aligned_buffers_they_are_copied(monkeypatch):
     """A distributed whose buffers are its own: other alignment, the same model."""
 
@@ -125,21 +72,6 @@ def test_without_aligned_buffers_they_are_copied(monkeypatch):
     replica = asyncio.run(over_tcp(model))
     for ours, theirs in zip(model.variables, replica.variables, strict=True):
         assert np.array_equal(ours, theirs)
-
-
-async def over_tcp(value):
-    received = asyncio.get_running_loop().create_future()
-
-    async def handle(comm):
-        received.set_result(await comm.read())
-        await comm.close()
-
-    async with listen("tcp://127.0.0.1:0", handle) as listener:
-        comm = await connect(listener.contact_address)
-        await comm.write({"value": to_serialize(value)})
-        message = await received
-        await comm.close()
-        return message["value"]
 
 
 WRITES = {

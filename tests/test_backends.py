@@ -1,0 +1,151 @@
+"""What every backend's adapter promises: views, adoption, memory shared until written to."""
+
+import asyncio
+import copy
+import pickle
+
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+from distributed.comm import connect, listen
+from distributed.protocol import to_serialize
+
+from dask_keras_serialize import backends, frames
+from dask_keras_serialize.frames import ALIGNMENT
+from dask_keras_serialize.header import ITEMSIZE
+from tests import zoo
+
+NAME, BACKEND = backends.current()
+
+#: Kept by the backend in other dtypes, with a warning, or not at all.
+OTHERS = {
+    "jax": {"int64", "uint64", "float64", "complex128"},
+    "torch": {"uint16", "uint32", "uint64"},
+}
+NAMES = [name for name in ITEMSIZE if name not in {"string", *OTHERS.get(NAME, ())}]
+DTYPES = [np.dtype(getattr(ml_dtypes, name, name)) for name in NAMES]
+
+
+def at(offset, dtype="float32", count=1000):
+    """Make a writeable array that starts so many bytes after an aligned address."""
+    raw = np.zeros(count * np.dtype(dtype).itemsize + 2 * ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT + offset
+    array = raw[start : start + count * np.dtype(dtype).itemsize]
+    array[:] = np.arange(len(array)) % 2
+    return array.view(dtype)
+
+
+def adopts(dtype, offset, writeable):
+    """Say what docs/protocol.md says."""
+    if NAME == "torch":
+        return writeable
+    return writeable and offset == 0 and not (NAME == "tensorflow" and "float8" in dtype.name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [0, 16, 48])
+@pytest.mark.parametrize("writeable", [True, False])
+def test_adopted_where_safe_else_copied(dtype, offset, writeable):
+    array = at(offset, dtype).reshape(10, 100)
+    array.flags.writeable = writeable
+    variable = keras.Variable(np.ones((10, 100)), dtype=dtype.name, trainable=False)
+    variable._value = None
+    variable._initialize(BACKEND.tensor(array))
+    if NAME != "tensorflow" or dtype.name not in ("bfloat16", *NO_BUFFER):
+        assert (zoo.address(variable) == array.ctypes.data) is adopts(dtype, offset, writeable)
+    view = BACKEND.view(variable)
+    assert view.dtype == array.dtype
+    assert view.tobytes() == array.tobytes()
+    assert not view.flags.writeable
+
+
+#: What no address can be asked of.
+NO_BUFFER = ("float8_e4m3fn", "float8_e5m2")
+
+WRITES = {
+    "assign": lambda model: model.layers[0].kernel.assign(model.layers[0].kernel * 2 + 1),
+    "assign_add": lambda model: model.layers[0].kernel.assign_add(keras.ops.ones((64, 1024))),
+    "fit": lambda model: model.fit(np.ones((8, 64)), np.ones((8, 1024)), verbose=0),
+}
+
+
+def build():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(1024)])
+    model.compile(keras.optimizers.SGD(0.5, momentum=0.9), "mse")
+    return model
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("first", [True, False], ids=["the model", "its copy"])
+def test_a_deepcopy_shares_memory_until_one_of_the_two_is_written_to(write, first):
+    model = build()
+    before = zoo.to_bytes(model.layers[0].kernel)
+    twin = copy.deepcopy(model)
+    assert zoo.address(model.layers[0].kernel) == zoo.address(twin.layers[0].kernel)
+    written, other = (model, twin) if first else (twin, model)
+    for _ in range(2):
+        WRITES[write](written)
+        assert zoo.to_bytes(written.layers[0].kernel) != before
+        assert zoo.to_bytes(other.layers[0].kernel) == before
+    WRITES[write](other)
+    assert zoo.to_bytes(other.layers[0].kernel) != before
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_view_does_not_show_what_is_written_later(write):
+    model = build()
+    view = BACKEND.view(model.layers[0].kernel)
+    assert view.ctypes.data == zoo.address(model.layers[0].kernel)
+    before = view.tobytes()
+    for _ in range(2):
+        WRITES[write](model)
+    assert view.tobytes() == before != zoo.to_bytes(model.layers[0].kernel)
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_training_shows_to_nobody_else(write):
+    """Neither to the sender, nor in its frames, nor in another replica of the same bytes."""
+    model = build()
+    buffers = []
+    stream = pickle.dumps(model, protocol=5, buffer_callback=buffers.append)
+    first, second = (pickle.loads(stream, buffers=buffers) for _ in range(2))
+    before = [bytes(buffer.raw()) for buffer in buffers]
+    for _ in range(2):
+        WRITES[write](first)
+    zoo.assert_same(model, second)
+    assert [bytes(buffer.raw()) for buffer in buffers] == before
+
+
+def test_variables_received_over_tcp_are_used_where_they_arrived(monkeypatch):
+    """By address, through a real comm; one is over 64 MiB, which it cuts and merges."""
+    arrived = []
+    original = frames.as_frames
+
+    def spy(buffers, owner, **keywords):
+        arrived.extend(np.frombuffer(buffer, np.uint8).ctypes.data for buffer in buffers)
+        return original(buffers, owner, **keywords)
+
+    monkeypatch.setattr(frames, "as_frames", spy)
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4096,)), *map(keras.layers.Dense, (5120, 129, 131))])
+    replica = asyncio.run(over_tcp(model))
+    _, *large = arrived
+    assert [zoo.address(kernel) for kernel in replica.variables[::2]] == large
+    zoo.assert_same(model, replica)
+
+
+async def over_tcp(value):
+    received = asyncio.get_running_loop().create_future()
+
+    async def handle(comm):
+        received.set_result(await comm.read())
+        await comm.close()
+
+    async with listen("tcp://127.0.0.1:0", handle) as listener:
+        comm = await connect(listener.contact_address)
+        await comm.write({"value": to_serialize(value)})
+        message = await received
+        await comm.close()
+        return message["value"]
