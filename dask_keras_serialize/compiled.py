@@ -1,4 +1,9 @@
-"""What ``compile`` did to a model, described, and done again."""
+"""What ``compile`` did to a model, described, and done again.
+
+Beside what Keras keeps of the arguments: whether optimizer and metrics were built, and the
+metrics that Keras chose for names such as ``"accuracy"``. How a model is executed is left to
+the receiver where it runs on another backend.
+"""
 
 from __future__ import annotations
 
