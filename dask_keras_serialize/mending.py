@@ -9,6 +9,7 @@ case is a row of :data:`MENDERS`; the names it touches are listed in
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import keras
@@ -250,6 +251,17 @@ def _mend_table(layer: Any, state: State) -> None:
             setattr(layer, name, getattr(twin, name))
 
 
+def _drop_executor(callbacks: Any, state: State) -> None:
+    # its threads, between the beginning and the end of training
+    if state.get("_executor") is not None:
+        state |= {"_executor": None, "_futures": [], "had an executor": True}
+
+
+def _mend_executor(callbacks: Any, state: State) -> None:
+    if vars(callbacks).pop("had an executor", False):
+        callbacks._executor = ThreadPoolExecutor()  # as CallbackList._on_begin
+
+
 #: What belongs to one object alone, and that a copy of it does not have either.
 OWN = (
     _Mender(keras.Layer, _drop_wrappers),
@@ -266,6 +278,7 @@ MENDERS = (
     _Mender(Node, _drop_place, _mend_node),
     _Mender(keras.KerasTensor, _drop_history, _mend_history),
     _Mender(Function, _drop_nodes, _mend_nodes),
+    _Mender(keras.callbacks.CallbackList, _drop_executor, _mend_executor),
 )
 
 

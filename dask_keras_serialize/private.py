@@ -153,6 +153,10 @@ KERAS = {
     "Tracker": ("keras/src/utils/tracking.py", _NOT_BY_VALUE),
     "Function": ("keras/src/ops/function.py", _NOT_BY_VALUE),
     "TrackedList": ("keras/src/utils/tracking.py", _NOT_BY_VALUE),
+    "CallbackList._executor": (
+        "keras/src/callbacks/callback_list.py",
+        "lists of callbacks fail by value while a model trains",
+    ),
     "DynamicBackend": ("keras/src/utils/backend_utils.py", _NOT_BY_VALUE),
 }
 

@@ -17,6 +17,8 @@ import keras
 import numpy as np
 from keras import callbacks, distribution, layers, optimizers
 
+from tests import zoo
+
 #: Where classes are looked for; the first that has a class gives it its name.
 NAMESPACES = (
     *("layers", "optimizers", "optimizers.schedules", "losses", "metrics", "initializers"),
@@ -30,6 +32,14 @@ ELSEWHERE = {
     "layers.JaxLayer": "needs jax",
     "layers.TorchModuleWrapper": "needs torch",
 }
+#: Layers that Keras makes with TensorFlow alone.
+IN_TENSORFLOW = (
+    *("layers.Discretization", "layers.HashedCrossing", "layers.Hashing", "layers.IntegerLookup"),
+    *("layers.StringLookup", "layers.TextVectorization", "layers.TFSMLayer", "utils.FeatureSpace"),
+)
+if keras.backend.backend() != "tensorflow":
+    ELSEWHERE |= dict.fromkeys(IN_TENSORFLOW, "needs TensorFlow")
+
 #: Public names that make an instance of another class.
 FACTORIES = {"Model"}
 
@@ -303,7 +313,7 @@ def small() -> Any:
 
 
 def trained(obj: Any, *followers: Any) -> Any:
-    obj.compile(optimizers.SGD(0.01, momentum=0.9, use_ema=True), "mse", metrics=["mae"])
+    obj.compile(optimizers.SGD(0.01, momentum=0.9, **zoo.AVERAGES), "mse", metrics=["mae"])
     obj.fit(FLAT, FLAT[:, :2], epochs=2, verbose=0, callbacks=list(followers))
     return obj
 
@@ -349,14 +359,14 @@ OPTIMIZERS: Specs = {
     **each("Adadelta", rho=0.9, weight_decay=0.1),
     **each("Adafactor", clip_threshold=0.5, relative_step=False),
     **each("Adagrad", initial_accumulator_value=0.3, clipvalue=0.2),
-    **each("Adam", amsgrad=True, gradient_accumulation_steps=3, use_ema=True),
+    **each("Adam", amsgrad=True, gradient_accumulation_steps=3, **zoo.AVERAGES),
     **each("AdamW", weight_decay=0.1, global_clipnorm=0.5),
     **each("Adamax", beta_1=0.8, loss_scale_factor=2.0),
     **each("Ftrl", l1_regularization_strength=0.1, beta=0.2),
     **each("Lamb", beta_2=0.9, weight_decay=0.1),
     **each("Lion", beta_1=0.8, clipnorm=0.4),
     **each("Muon", momentum=0.8, ns_steps=3, exclude_layers=["bias"]),
-    **each("Nadam", beta_1=0.8, use_ema=True, ema_overwrite_frequency=2),
+    **each("Nadam", beta_1=0.8, ema_overwrite_frequency=2, **zoo.AVERAGES),
     **each("RMSprop", centered=True, momentum=0.5),
     **each("SGD", momentum=0.9, nesterov=True, weight_decay=0.1),
     **each("ScheduleFreeAdamW", warmup_steps=3, weight_decay=0.1),
@@ -775,6 +785,8 @@ CITIZENS: dict[str, Citizen] = {
 }
 
 # ---- applications
+for name in ELSEWHERE.keys() & CITIZENS.keys():
+    del CITIZENS[name]
 
 #: The least side that each takes, where it is not 32.
 SIDES = {"InceptionResNetV2": 75, "InceptionV3": 75, "Xception": 71}

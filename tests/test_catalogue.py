@@ -39,7 +39,8 @@ def test_the_catalogue_is_complete():
 def assert_arrives(name, route):
     citizen = CITIZENS[name]
     original = make(citizen)
-    assert name in FACTORIES or type(original) is public_classes()[name]
+    # torch makes a subclass of each optimizer
+    assert name in FACTORIES or issubclass(type(original), public_classes()[name])
     replica = ROUTES[route](original)
     assert type(replica) is type(original)
     assert replica is not original
@@ -104,7 +105,7 @@ def assert_application_arrives(name, route):
         assert zoo.describe(ours) == zoo.describe(theirs)
         assert zoo.to_bytes(ours) == zoo.to_bytes(theirs)
     expected, found = (each(batch, training=False) for each in (model, replica))
-    assert expected.numpy().tobytes() == found.numpy().tobytes()
+    zoo.assert_equal(expected, found)
 
 
 @pytest.mark.parametrize("name", ["MobileNetV3Small"])

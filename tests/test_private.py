@@ -74,6 +74,7 @@ FOUND = {
     "Tracker": lambda m: isinstance(m._tracker, private.Tracker) and m._tracker.stored_ids,
     "Function": lambda m: isinstance(zoo.functional(), private.Function) or None,
     "TrackedList": lambda m: isinstance(m.metrics_names, private.TRACKED[0]) or private.TRACKED,
+    "CallbackList._executor": lambda m: (keras.callbacks.CallbackList()._executor, 1),
     "DynamicBackend": lambda m: private.DynamicBackend()._backend,
 }
 
