@@ -323,7 +323,7 @@ class _Load:
         if row is not None:
             self.rows.append(row)
             check_fits(shell, row, self.values.header)
-            shell._initialize(self.values.tensor(row))
+            self.values.backend.initialize(shell, self.values.tensor(row))
 
 
 def _with_writeable(array: Array, flag: bool) -> Array:

@@ -126,7 +126,10 @@ def deep_inside(original: Any) -> Callable[[Any, dict[Any, Any]], Any]:
             return original(obj, memo)
         if isinstance(obj, copying.backend.SHELLS):
             return copying.shell_of(obj)
-        return _reconstruct(obj, memo, copying.backend.reduce(obj))
+        reduced = copying.backend.reduce(obj)
+        if reduced is None and original is not None:
+            return original(obj, memo)
+        return _reconstruct(obj, memo, reduced)
 
     return deepcopy
 
@@ -169,7 +172,7 @@ class _Copying:
             if isinstance(obj, keras.Variable) and has_value(obj):
                 self.variables.append(obj)
                 array = view(obj, self.backend, private.describe(obj))
-                shell._initialize(self.backend.tensor(array))
+                self.backend.initialize(shell, self.backend.tensor(array))
         complete(self.filled, self.backend)
 
     def _copy(self, obj: Any, state: Any) -> Any:

@@ -114,7 +114,7 @@ def fill(shell: Any, state: State | Custom) -> None:
         else:  # past __setattr__, where Keras would track what its lists already hold
             shell.__dict__[name] = content
     if isinstance(shell, keras.Variable):
-        shell._value = None
+        shell.__dict__.setdefault("_value")  # None; torch may have put one there
 
 
 def _put(container: Any, items: list[Any]) -> None:

@@ -6,6 +6,8 @@
 ``tensor(array)``
     Tensor of the backend that owns its memory: one copy of ``array`` at most. A
     writeable array is given away, and may be used in place where that is safe.
+``initialize(variable, tensor)``
+    Gives a variable its first value.
 ``version()``
     The backend's version.
 ``TENSORS``
@@ -40,6 +42,9 @@ class Backend(Protocol):
 
     def tensor(self, array: Array) -> Any:
         """Turn an array into a tensor."""
+
+    def initialize(self, variable: Any, tensor: Any) -> None:
+        """Give a variable that has no value yet one of ``tensor``'s."""
 
     def version(self) -> str:
         """Return the backend's version."""

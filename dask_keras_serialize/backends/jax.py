@@ -65,6 +65,11 @@ def tensor(array: Array) -> jax.Array:
     return jnp.array(array, copy=True)  # device_put may alias what others write to
 
 
+def initialize(variable: Any, tensor: Any) -> None:
+    """Give a new variable its value."""
+    variable._initialize(tensor)
+
+
 def version() -> str:
     """Return JAX's version."""
     return str(jax.__version__)

@@ -120,6 +120,11 @@ def _tensor_behind(array: Array) -> tf.Tensor | None:
     return tf.reshape(tensor, array.shape)
 
 
+def initialize(variable: Any, tensor: Any) -> None:
+    """Give a new variable its value."""
+    variable._initialize(tensor)
+
+
 def version() -> str:
     """Return TensorFlow's version."""
     return str(tf.__version__)

@@ -8,10 +8,13 @@ tells where such a tensor lies without taking the copy: without them every byte 
 from __future__ import annotations
 
 from typing import Any
+from weakref import ref
 
+import keras
 import ml_dtypes
 import numpy as np
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from dask_keras_serialize.backends import Array
 
@@ -134,7 +137,7 @@ def version() -> str:
 #: None: torch and distributed pickle tensors themselves, out of band.
 TENSORS: tuple[type, ...] = ()
 
-REDUCED: tuple[type, ...] = ()
+REDUCED: tuple[type, ...] = (torch.nn.Parameter,)
 
 SHELLS: tuple[type, ...] = ()
 
@@ -144,12 +147,42 @@ def shell(cls: type) -> Any:
     raise TypeError(cls)
 
 
-def reduce(obj: Any) -> None:
-    """Leave every object to pickle."""
+def reduce(obj: Any) -> tuple[Any, ...] | None:
+    """Reduce a parameter of a user's module that is a variable's value to that variable's."""
+    owner = _OWNERS.get(obj) if isinstance(obj, torch.nn.Parameter) else None
+    variable = owner() if owner is not None else None
+    if variable is None or variable._value is not obj:
+        return None
+    return _value_of, (variable,)
+
+
+#: Variables by the parameters of modules in a TorchModuleWrapper, which they share.
+_OWNERS: Any = WeakIdKeyDictionary()
+
+
+def _value_of(variable: Any) -> torch.nn.Parameter:
+    """Return a variable's value; one that is not filled yet gets an empty one."""
+    value = vars(variable).get("_value")
+    if value is None:
+        value = variable.__dict__["_value"] = torch.nn.Parameter(torch.empty(0))
+    parameter: torch.nn.Parameter = value
+    return parameter
+
+
+def initialize(variable: Any, tensor: torch.Tensor) -> None:
+    """Give a new variable its value; one that a module has already got is filled."""
+    shared = vars(variable).get("_value")
+    variable._initialize(tensor)
+    if shared is not None:
+        shared.data, shared.requires_grad = variable._value.data, variable._value.requires_grad
+        variable._value = shared
 
 
 def drop(obj: Any, state: dict[str, Any]) -> None:
     """Leave out what torch's modules list of a layer's variables by themselves."""
+    if isinstance(obj, keras.layers.TorchModuleWrapper):
+        for variable in obj.variables:
+            _OWNERS[variable._value] = ref(variable)
     modules = state.get("_modules")
     if isinstance(obj, torch.nn.Module) and modules and _PARAMETERS in modules:
         state["_modules"] = {name: each for name, each in modules.items() if name != _PARAMETERS}

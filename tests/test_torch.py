@@ -1,0 +1,104 @@
+"""PyTorch's own: modules inside Keras's layers, models that are modules too."""
+
+import copy
+import itertools
+import os
+import pickle
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import torch
+from distributed import protocol
+
+from tests import zoo
+
+X, Y = zoo.X, np.ones((zoo.ROWS, 3), "float32")
+WAYS = {
+    "pickle": lambda obj: pickle.loads(pickle.dumps(obj)),
+    "dask": lambda obj: protocol.deserialize(*protocol.serialize(obj)),
+    "deepcopy": copy.deepcopy,
+}
+
+
+@pytest.fixture(params=WAYS)
+def send(request):
+    return WAYS[request.param]
+
+
+def wrapped():
+    torch.manual_seed(0)
+    nn = torch.nn
+    inner = nn.Sequential(nn.Linear(zoo.WIDTH, 16), nn.BatchNorm1d(16), nn.Linear(16, 3))
+    inner[0].bias.requires_grad = False
+    model = keras.Sequential([keras.Input((zoo.WIDTH,)), keras.layers.TorchModuleWrapper(inner)])
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    model.fit(X, Y, verbose=0)
+    return model
+
+
+def assert_same(model, replica):
+    for ours, theirs in zip(model.variables, replica.variables, strict=True):
+        assert zoo.describe(ours) == zoo.describe(theirs)
+        assert zoo.to_bytes(ours) == zoo.to_bytes(theirs)
+    np.testing.assert_array_equal(model.predict(X, verbose=0), replica.predict(X, verbose=0))
+
+
+def test_a_users_module_shares_its_parameters_with_the_layers_variables(send):
+    model = wrapped()
+    replica = send(model)
+    assert_same(model, replica)
+    layer = replica.layers[-1]
+    values = {id(variable.value) for variable in layer.variables}
+    assert {id(parameter) for parameter in layer.module.parameters()} == values
+    assert [p.requires_grad for p in layer.module.parameters()] == [
+        p.requires_grad for p in model.layers[-1].module.parameters()
+    ]
+    before = [zoo.to_bytes(variable) for variable in model.variables]
+    for each in (replica, model):  # in this order: neither trains the other
+        each.fit(X, Y, shuffle=False, verbose=0)
+        assert [zoo.to_bytes(variable) for variable in each.variables] != before
+    assert_same(model, replica)
+
+
+def test_a_modules_parameters_travel_once():
+    inner = torch.nn.Linear(1000, 1000)
+    model = keras.Sequential([keras.Input((1000,)), keras.layers.TorchModuleWrapper(inner)])
+    assert len(pickle.dumps(model)) < 1.1 * 4 * 1000 * 1000
+
+
+def test_modules_that_are_not_keras_s_are_copied_as_ever():
+    linear = torch.nn.Linear(2, 2)
+    twin = copy.deepcopy(linear)
+    assert torch.equal(twin.weight, linear.weight)
+    assert twin.weight is not linear.weight
+    assert torch.equal(pickle.loads(pickle.dumps(linear)).weight, linear.weight)
+
+
+IMPORTS = ("import torch", "import keras", "import distributed.protocol", "import dask")
+HANDLER = """
+from distributed import protocol
+import keras
+class Sub(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(2)
+    def call(self, x):
+        return self.dense(x)
+model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+for obj in (model, Sub(), model.layers[0]):
+    header, frames = protocol.serialize(obj)
+    print(header["sub-header"].get("format"), end=" ")
+"""
+
+
+@pytest.mark.parametrize("first", range(len(IMPORTS)))
+def test_our_handler_wins_over_the_one_for_modules(first):
+    """distributed has one for torch.nn.Module, which a Keras model is (``protocol/torch.py``)."""
+    rest = itertools.islice(itertools.cycle(IMPORTS), first, first + len(IMPORTS))
+    script = "\n".join([*rest, HANDLER])
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    assert result.stdout.split() == ["dask-keras-serialize"] * 3, result.stderr
