@@ -24,6 +24,7 @@ from weakref import ReferenceType, WeakSet, finalize, ref
 import keras
 
 from dask_keras_serialize import backends, private
+from dask_keras_serialize.backends import Backend
 from dask_keras_serialize.copying import deep, deep_inside, shallow
 from dask_keras_serialize.errors import EncodeError, KerasSerializeError
 from dask_keras_serialize.packed import Parcel, take
@@ -179,12 +180,16 @@ def reduce_by_default(obj: Any) -> Any:
     return take, _alive().find(id(obj)) or (_Sending(obj), None)
 
 
-def _classes_of_backend(*kinds: str) -> list[Any]:
+def _backend() -> Backend | None:
     try:
-        backend = backends.current()[1]
+        return backends.current()[1]
     except KerasSerializeError:  # one that we do not know
-        return []
-    return [cls for kind in kinds for cls in getattr(backend, kind)]
+        return None
+
+
+def _classes_of_backend(*kinds: str) -> list[Any]:
+    backend = _backend()
+    return [cls for kind in kinds for cls in getattr(backend, kind)] if backend else []
 
 
 def _bases() -> list[Any]:
@@ -203,6 +208,9 @@ def _slots() -> Iterator[tuple[Any, str, Any]]:
         yield cls, "__deepcopy__", deep
     for cls in _classes_of_backend("SHELLS", "REDUCED"):
         yield cls, "__deepcopy__", deep_inside(getattr(cls, "__deepcopy__", None))
+    backend = _backend()
+    if backend is not None:
+        yield from backend.slots()
     yield private.DynamicBackend, "__deepcopy__", lambda self, memo: type(self)(self._backend)
     # not asked by pickle, but by classes that override it and call what they override
     yield private.KerasSaveable, "__reduce__", reduce_by_default

@@ -3,6 +3,8 @@
 import asyncio
 import copy
 import pickle
+import threading
+import time
 
 import keras
 import ml_dtypes
@@ -149,3 +151,36 @@ async def over_tcp(value):
         message = await received
         await comm.close()
         return message["value"]
+
+
+def test_a_view_is_of_one_instant():
+    """While another thread trains: every element of this kernel is moved alike."""
+    kernel = keras.layers.Dense(2000, use_bias=False, kernel_initializer="zeros")
+    model = keras.Sequential([keras.Input((2000,)), kernel])
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    batch = np.ones((2, 2000), "float32"), np.full((2, 2000), 1e6, "float32")
+    model.train_on_batch(*batch)
+    done = threading.Event()
+
+    def train():
+        while not done.is_set():
+            model.train_on_batch(*batch)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        seen = []
+        while len(seen) < 200:
+            view = BACKEND.view(kernel.kernel) if kernel.kernel._value is not None else None
+            if view is None or view.shape != (2000, 2000):
+                continue  # not now; states.view asks again
+            low, high = view.min(), view.max()
+            assert high - low < 1e-3 * high, "half of an update"  # they round as they like
+            time.sleep(0.003)
+            assert (view.min(), view.max()) == (low, high), "it shows what was written later"
+            seen.append(high)
+    finally:
+        done.set()
+        thread.join()
+    assert seen == sorted(seen)
+    assert seen[0] < seen[-1], "nothing was trained meanwhile"

@@ -8,6 +8,8 @@
     writeable array is given away, and may be used in place where that is safe.
 ``initialize(variable, tensor)``
     Gives a variable its first value.
+``slots()``
+    What has to be wrapped of Keras's, so that a view is of one instant: class, name, wrapper.
 ``version()``
     The backend's version.
 ``TENSORS``
@@ -21,6 +23,7 @@ Nothing else in the package knows a backend.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any, Protocol, cast
 
@@ -45,6 +48,9 @@ class Backend(Protocol):
 
     def initialize(self, variable: Any, tensor: Any) -> None:
         """Give a variable that has no value yet one of ``tensor``'s."""
+
+    def slots(self) -> Iterator[tuple[Any, str, Any]]:
+        """Yield classes of Keras's, the name of a method, and what to put there."""
 
     def version(self) -> str:
         """Return the backend's version."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -68,6 +69,11 @@ def tensor(array: Array) -> jax.Array:
 def initialize(variable: Any, tensor: Any) -> None:
     """Give a new variable its value."""
     variable._initialize(tensor)
+
+
+def slots() -> Iterator[tuple[Any, str, Any]]:
+    """Yield nothing: a view is of one instant whatever other threads do."""
+    yield from ()
 
 
 def version() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -123,6 +124,11 @@ def _tensor_behind(array: Array) -> tf.Tensor | None:
 def initialize(variable: Any, tensor: Any) -> None:
     """Give a new variable its value."""
     variable._initialize(tensor)
+
+
+def slots() -> Iterator[tuple[Any, str, Any]]:
+    """Yield nothing: a view is of one instant whatever other threads do."""
+    yield from ()
 
 
 def version() -> str:

@@ -7,6 +7,9 @@ tells where such a tensor lies without taking the copy: without them every byte 
 
 from __future__ import annotations
 
+import functools
+import threading
+from collections.abc import Iterator
 from typing import Any
 from weakref import ref
 
@@ -58,12 +61,33 @@ def view(variable: Any) -> Array:
 
 def _own_view(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor that nobody writes to, of the same content, contiguous, on the host."""
-    if LAZY and tensor.device.type == "cpu" and tensor.is_contiguous():
-        try:
-            return tensor._lazy_clone()
-        except RuntimeError:  # memory that it did not allocate cannot change hands
-            pass
-    return tensor.to("cpu", copy=True).contiguous()
+    with _WRITING:  # or an update under way in another thread would show, or half of it
+        if LAZY and tensor.device.type == "cpu" and tensor.is_contiguous():
+            try:
+                return tensor._lazy_clone()
+            except RuntimeError:  # memory that it did not allocate cannot change hands
+                pass
+        return tensor.to("cpu", copy=True).contiguous()
+
+
+#: Held by who writes to variables, and who takes a view of one.
+_WRITING = threading.RLock()
+
+
+def slots() -> Iterator[tuple[Any, str, Any]]:
+    """Yield what of Keras's writes to variables, taking turns with views."""
+    for base, name in ((keras.Optimizer, "apply"), (keras.Variable, "assign")):
+        cls = next(cls for cls in base.__mro__ if name in vars(cls))
+        yield cls, name, _in_turn(vars(cls)[name])
+
+
+def _in_turn(original: Any) -> Any:
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        with _WRITING:
+            return original(*args, **kwargs)
+
+    return method
 
 
 class _Memory:
