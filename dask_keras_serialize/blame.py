@@ -44,6 +44,15 @@ def culprit(
     return found
 
 
+def sentence(owner: str, found: tuple[str, Any, Exception], where: str, what: str) -> str:
+    """Say of what :func:`culprit` found that it cannot travel or be copied, and the way out."""
+    path, value, cause = found
+    return (
+        f"{owner}: attribute {path}{where}, a {type(value).__name__}, cannot {what} "
+        f"({cause}): make it in a method, or leave it out by __getstate__"
+    )
+
+
 def _attributes(state: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(state, dict):
         # last, what TensorFlow keeps of all attributes

@@ -32,7 +32,7 @@ import numpy as np
 
 from dask_keras_serialize import backends, private
 from dask_keras_serialize.backends import Array
-from dask_keras_serialize.blame import culprit
+from dask_keras_serialize.blame import culprit, sentence
 from dask_keras_serialize.errors import DecodeError, EncodeError
 from dask_keras_serialize.parts import Description, Key, Rebuilt, Reference
 from dask_keras_serialize.private import MISSING, Tracker
@@ -255,11 +255,7 @@ class _Dump:
         found = culprit(state, self.error_of)
         if found is None:
             return f"{self.owner}{where and ': part'}{where} cannot travel: {error}"
-        path, value, cause = found
-        return (
-            f"{self.owner}: attribute {path}{where}, a {type(value).__name__}, cannot travel "
-            f"({cause}): make it in a method, or leave it out by __getstate__"
-        )
+        return sentence(self.owner, found, where, "travel")
 
     def error_of(self, value: Any) -> Exception | None:
         try:

@@ -21,7 +21,7 @@ from typing import Any
 import keras
 
 from dask_keras_serialize import backends, mending, private
-from dask_keras_serialize.blame import culprit
+from dask_keras_serialize.blame import culprit, sentence
 from dask_keras_serialize.errors import EncodeError
 from dask_keras_serialize.rebuild import rebuilding
 from dask_keras_serialize.shells import closed_file, new_shell, reduces_itself
@@ -180,23 +180,19 @@ class _Copying:
             return copy.deepcopy(state, self.memo)
         except EncodeError:
             raise
-        except Exception as error:
+        except Exception as error:  # what an object does to be copied is anybody's code
             if isinstance(obj, private.TRACKED):  # a container, which goes for who holds it
                 obj, state = self.root, attributes_of(self.root)
             found = culprit(state, _error_of)
             if found is None:
                 raise
-            path, value, cause = found
-            raise EncodeError(
-                f"{private.describe(obj)}: attribute {path}, a {type(value).__name__}, cannot be "
-                f"copied ({cause}): make it in a method, or leave it out by __getstate__"
-            ) from error
+            raise EncodeError(sentence(private.describe(obj), found, "", "be copied")) from error
 
 
 def _error_of(value: Any) -> Exception | None:
     try:
         copy.deepcopy(value)
-    except Exception as error:
+    except Exception as error:  # as above
         return error
     return None
 

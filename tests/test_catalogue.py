@@ -39,8 +39,11 @@ def test_the_catalogue_is_complete():
 def assert_arrives(name, route):
     citizen = CITIZENS[name]
     original = make(citizen)
-    # torch makes a subclass of each optimizer
-    assert name in FACTORIES or issubclass(type(original), public_classes()[name])
+    if name not in FACTORIES:
+        public = public_classes()[name]
+        # torch makes a subclass of each optimizer
+        torchs = keras.backend.backend() == "torch" and isinstance(original, keras.Optimizer)
+        assert issubclass(type(original), public) if torchs else type(original) is public
     replica = ROUTES[route](original)
     assert type(replica) is type(original)
     assert replica is not original
@@ -105,7 +108,8 @@ def assert_application_arrives(name, route):
         assert zoo.describe(ours) == zoo.describe(theirs)
         assert zoo.to_bytes(ours) == zoo.to_bytes(theirs)
     expected, found = (each(batch, training=False) for each in (model, replica))
-    zoo.assert_equal(expected, found)
+    arrays = map(keras.ops.convert_to_numpy, (expected, found))
+    assert len({array.tobytes() for array in arrays}) == 1
 
 
 @pytest.mark.parametrize("name", ["MobileNetV3Small"])

@@ -11,21 +11,16 @@ import keras
 import numpy as np
 import pytest
 import torch
-from distributed import protocol
 
 from tests import zoo
+from tests.routes import ROUTES
 
 X, Y = zoo.X, np.ones((zoo.ROWS, 3), "float32")
-WAYS = {
-    "pickle": lambda obj: pickle.loads(pickle.dumps(obj)),
-    "dask": lambda obj: protocol.deserialize(*protocol.serialize(obj)),
-    "deepcopy": copy.deepcopy,
-}
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=ROUTES)
 def send(request):
-    return WAYS[request.param]
+    return ROUTES[request.param]
 
 
 def wrapped():

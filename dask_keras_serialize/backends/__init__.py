@@ -37,6 +37,19 @@ Array = npt.NDArray[np.generic]
 NAMES = ("tensorflow", "jax", "torch")
 
 
+def behind(array: Array, cls: type) -> Any:
+    """Return the object of a class whose memory an array is a view of, or None."""
+    base: Any = array
+    while not isinstance(base, cls):
+        if isinstance(base, np.ndarray):
+            base = base.base
+        elif isinstance(base, memoryview):
+            base = base.obj
+        else:
+            return None
+    return base
+
+
 class Backend(Protocol):
     """What an adapter offers; its modules are the instances."""
 

@@ -15,7 +15,7 @@ import tensorflow as tf
 from tensorflow.python.eager.polymorphic_function.polymorphic_function import Function as _Function
 from tensorflow.python.trackable.data_structures import ListWrapper, _DictWrapper
 
-from dask_keras_serialize.backends import Array
+from dask_keras_serialize.backends import Array, behind
 from dask_keras_serialize.errors import DecodeError, EncodeError
 from dask_keras_serialize.frames import ALIGNMENT, allocate
 
@@ -112,9 +112,7 @@ def tensor(array: Array) -> tf.Tensor:
 
 def _tensor_behind(array: Array) -> tf.Tensor | None:
     """Return the tensor whose memory, all of it, :func:`view` gave as this array."""
-    base: Any = array
-    while isinstance(base, (np.ndarray, memoryview)) and not isinstance(base, _View):
-        base = base.base if isinstance(base, np.ndarray) else base.obj
+    base = behind(array, _View)
     tensor = getattr(base, "tensor", None)
     if tensor is None or base.nbytes != array.nbytes or tensor.dtype != array.dtype:
         return None

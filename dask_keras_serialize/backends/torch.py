@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dask_keras_serialize.backends import Array
+from dask_keras_serialize.backends import Array, behind
 
 #: dtypes numpy lacks, as (same-sized dtype both have, ml_dtypes' dtype)
 _BITS: dict[torch.dtype, tuple[torch.dtype, Any]] = {
@@ -54,9 +54,8 @@ def view(variable: Any) -> Array:
     adopted the memory it was received in.
     """
     tensor = variable.value.detach()
-    known = tensor.dtype in _BITS
-    dtype = _BITS[tensor.dtype][1] if known else _numpy_dtype(tensor.dtype)
-    return np.asarray(_Memory(_own_view(tensor))).view(dtype).reshape(tuple(tensor.shape))
+    raw = np.asarray(_Memory(_own_view(tensor)))
+    return raw.view(_numpy_dtype(tensor.dtype)).reshape(tuple(tensor.shape))
 
 
 def _own_view(tensor: torch.Tensor) -> torch.Tensor:
@@ -105,7 +104,10 @@ class _Memory:
 
 
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
-    known: np.dtype[Any] = torch.empty(0, dtype=dtype).numpy().dtype
+    bits = _BITS.get(dtype)
+    known: np.dtype[Any] = (
+        np.dtype(bits[1]) if bits is not None else torch.empty(0, dtype=dtype).numpy().dtype
+    )
     return known
 
 
@@ -142,13 +144,10 @@ def tensor(array: Array) -> torch.Tensor:
 
 def _tensor_behind(array: Array) -> torch.Tensor | None:
     """Return a tensor that shares the memory that :func:`view` gave as this array."""
-    base: Any = array
-    while isinstance(base, (np.ndarray, memoryview)):
-        base = base.base if isinstance(base, np.ndarray) else base.obj
-    if not isinstance(base, _Memory) or not LAZY or base.tensor.nbytes != array.nbytes:
+    base = behind(array, _Memory)
+    if base is None or not LAZY or base.tensor.nbytes != array.nbytes:
         return None
-    known = _DTYPES[array.dtype][1] if array.dtype in _DTYPES else None
-    if base.tensor.dtype != known and _numpy_dtype(base.tensor.dtype) != array.dtype:
+    if _numpy_dtype(base.tensor.dtype) != array.dtype:
         return None
     return _own_view(base.tensor).reshape(array.shape)
 
