@@ -9,8 +9,8 @@ themselves, and Keras's constructors and ``__reduce__`` never run. Variables are
 out of the pickle: they are the table's. Code that the other side cannot import travels
 by cloudpickle's rules.
 
-It needs the same minor versions of Python and Keras and the same backend on both
-sides, and it runs pickle: load only what you trust.
+It needs the same minor versions of Python and Keras on both sides, and code that is not bound
+to another backend (``binding``, ``translation``); and it runs pickle: load only what you trust.
 
 Caches are dropped (traced functions, losses of the last call) and what Keras keys by
 ``id()`` is mended; see ``mending``. Objects that lie in another parcel of the same
@@ -32,6 +32,7 @@ import numpy as np
 
 from dask_keras_serialize import backends, private
 from dask_keras_serialize.backends import Array
+from dask_keras_serialize.binding import Bindings
 from dask_keras_serialize.blame import culprit, sentence
 from dask_keras_serialize.errors import DecodeError, EncodeError
 from dask_keras_serialize.parts import Description, Key, Rebuilt, Reference
@@ -47,6 +48,7 @@ from dask_keras_serialize.states import (
     next_place,
     state_of,
 )
+from dask_keras_serialize.translation import translation_from
 
 
 def dump(
@@ -168,7 +170,8 @@ class _Dump:
         #: Whose state is being pickled.
         self.current: Any = None
         self.predicates: dict[types.CodeType, Any] = {}
-        self.backend = backends.current()[1]
+        name, self.backend = backends.current()
+        self.bound = Bindings(name)
         self.pickler = self.new_pickler(self.stream, self.buffers)
 
     def run(self) -> Description:
@@ -192,12 +195,14 @@ class _Dump:
                 self.pickler.dump((obj, state))
             except Exception as error:
                 raise EncodeError(self.blame(obj, state, error)) from error
+            self.bound.note(obj, self.pickler.named, self.holder(obj))
             done += 1
         raw = [buffer.raw() for buffer in self.buffers]
         body = {
             "objects": done,
             "writeable": [not view.readonly for view in raw],
             "code": sorted(map(list, self.pickler.code.items())),
+            "bound": self.bound.found,
         }
         stream: Array = np.frombuffer(self.stream.getbuffer(), np.uint8)
         extras = [stream, *(np.frombuffer(view, np.uint8) for view in raw)]
@@ -248,14 +253,20 @@ class _Dump:
 
     def blame(self, obj: Any, state: Any, error: Exception) -> str:
         """Say which attribute of an object cannot travel."""
-        while isinstance(obj, private.TRACKED) and obj is not self.root:
-            obj = self.holders[id(obj)]
-            state = attributes_of(obj)
+        holder = self.holder(obj)
+        if holder is not obj:
+            obj, state = holder, attributes_of(holder)
         where = "" if obj is self.root else f" of {private.describe(obj)}"
         found = culprit(state, self.error_of)
         if found is None:
             return f"{self.owner}{where and ': part'}{where} cannot travel: {error}"
         return sentence(self.owner, found, where, "travel")
+
+    def holder(self, obj: Any) -> Any:
+        """Return what has a container of Keras's as its attribute; any other object itself."""
+        while isinstance(obj, private.TRACKED) and obj is not self.root:
+            obj = self.holders[id(obj)]
+        return obj
 
     def error_of(self, value: Any) -> Exception | None:
         try:
@@ -288,8 +299,10 @@ class _Load:
         ]
         self.shells: dict[int, Any] = {}
         self.rows: list[int] = []
+        self.translation = translation_from(values.header.backend)
+        found_at = self.translation.name if self.translation else None
         self.unpickler = ShellUnpickler(
-            self.shells, io.BytesIO(stream.data), buffers, values.backend, links
+            self.shells, io.BytesIO(stream.data), buffers, values.backend, links, found_at
         )
 
     def run(self) -> Rebuilt:
@@ -297,13 +310,18 @@ class _Load:
         filled = []
         for _ in range(self.count):
             shell, state = self.unpickler.load()
+            if self.translation:
+                self.translation.state(shell, state)
             filled.append((shell, state))
             if not isinstance(state, Custom):
                 self.fill(*filled[-1])
         complete(filled, self.values.backend)
+        if self.translation:
+            self.translation.complete([shell for shell, _ in filled])
         header = self.values.header
         # not the whole name: a class by value arrives without its __qualname__
-        if type(root).__name__ != header.class_name.rpartition(".")[2]:
+        as_sent = type(root).__name__ == header.class_name.rpartition(".")[2]
+        if not as_sent and not (self.translation and self.translation.renames(header.class_name)):
             raise DecodeError(f"{header.owner}: the pickle holds a {type(root).__qualname__}")
         if sorted(map(id, self.shells.values())) != sorted(id(shell) for shell, _ in filled):
             raise DecodeError(

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from typing import Any
 
 import keras
 import numpy as np
 
-from dask_keras_serialize.errors import EncodeError
+from dask_keras_serialize.errors import DecodeError, EncodeError
 from dask_keras_serialize.private import (
     LOOKUPS,
     Function,
@@ -24,6 +25,7 @@ from dask_keras_serialize.private import (
     Node,
     State,
     Tracker,
+    describe,
 )
 from dask_keras_serialize.shells import own_method
 
@@ -232,6 +234,13 @@ def _vocabulary(layer: Any) -> list[Any]:
 
 
 def _mend_table(layer: Any, state: State) -> None:
+    try:
+        import_module("tensorflow")
+    except ImportError:
+        raise DecodeError(
+            f"{describe(layer)} keeps its table in TensorFlow on every backend, which is not "
+            "installed here: install it on every worker"
+        ) from None
     native = vars(layer).pop("native attributes")
     vocabulary, weights = vars(layer).pop("vocabulary of the table")
     counts, documents = vars(layer).pop("counts of the table")

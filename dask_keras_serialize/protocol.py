@@ -113,7 +113,6 @@ def encode_parts(
     name, backend = backends.current()
     encoding: Encoding = "value"
     described: Description | None = None
-    reason = ""
     if links or seen:
         described = by_value.dump(obj, links=links, seen=seen)
     if isinstance(obj, keras.Model) and not seen and not (described and described.links):
@@ -129,7 +128,6 @@ def encode_parts(
             ) from error
         if isinstance(by_its_config, str):
             logger.debug("%s goes by value: %s", owner, by_its_config)
-            reason = by_its_config
         else:
             encoding, described = "config", by_its_config
     described = described or by_value.dump(obj, for_token=for_token)
@@ -147,8 +145,6 @@ def encode_parts(
         VariableEntry(v.path, tuple(map(int, v.shape)), v.dtype, bool(v.trainable), location)
         for v, location in zip(variables, locations[: len(variables)], strict=True)
     )
-    if reason:
-        body["reason"] = reason
     body["extras"] = [list(location) for location in locations[len(variables) :]]
     header = Header(
         encoding=encoding,
@@ -279,11 +275,7 @@ def _check_environment(header: Header) -> None:
             f"{FORMAT}.by-value forbids that here; code of its own that it names: {code}"
         )
     if header.backend != here:
-        reason = f" ({header.body['reason']})" if header.body.get("reason") else ""
-        raise DecodeError(
-            f"{header.owner}: sent by value{reason} from the backend {header.backend!r}, but Keras "
-            f"runs on {here!r} in this process: set KERAS_BACKEND to the same on both sides"
-        )
+        _check_unbound(header, here)
     ours = {"python": python_version(), "keras": keras.version()}
     for what, version in ours.items():
         theirs = header.versions.get(what, "an unknown version")
@@ -292,6 +284,21 @@ def _check_environment(header: Header) -> None:
                 f"{header.owner}: sent by value from {what} {theirs}, which {what} {version} "
                 "here cannot read: use the same minor version on both sides"
             )
+
+
+def _check_unbound(header: Header, here: str) -> None:
+    """Raise DecodeError if an object's code is bound to the backend that it comes from."""
+    try:
+        bound = [(str(owner), str(code)) for owner, code in header.body.get("bound", ())]
+    except (TypeError, ValueError) as error:
+        raise DecodeError(f"{header.owner}: malformed header: {error!r}; send it again") from None
+    for part, code in bound[:1]:
+        whose = "it" if part == header.owner else f"its {part}"
+        raise DecodeError(
+            f"{header.owner}: {whose} is bound to the backend {header.backend!r} by {code}, but "
+            f"Keras runs on {here!r} in this process: write that with keras.ops, or set "
+            f"KERAS_BACKEND to {header.backend!r} here"
+        )
 
 
 def _minor(version: str) -> list[str]:

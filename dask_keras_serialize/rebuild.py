@@ -61,7 +61,13 @@ class Values:
         return raw.view(numpy_dtype(entry.dtype)).reshape(entry.shape)
 
     def tensor(self, index: int) -> Any:
-        """Return variable ``index`` as a tensor of the backend."""
+        """Return variable ``index`` as a tensor of the backend; DecodeError if it has no such."""
+        entry = self.header.variables[index]
+        if entry.dtype == STRING and keras.backend.backend() != "tensorflow":
+            raise DecodeError(
+                f"{self.header.owner}: variable {entry.path!r} holds strings, which only the "
+                "backend 'tensorflow' has: set KERAS_BACKEND to it here"
+            )
         return self.backend.tensor(self.array(index))
 
 

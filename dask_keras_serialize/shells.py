@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import cloudpickle
 
 from dask_keras_serialize import private
-from dask_keras_serialize.backends import Backend
+from dask_keras_serialize.backends import PACKAGES, Backend
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.parts import Rebuilt, Reference
 from dask_keras_serialize.private import SHELLS
@@ -71,6 +71,8 @@ class ShellPickler(cloudpickle.Pickler):  # type: ignore[misc]
         #: Names of code that is neither Python's nor Keras's, and whether it travels
         #: by "reference" or by "value".
         self.code: dict[str, str] = {}
+        #: That code and the backends'.
+        self.named: list[Any] = []
         self._backend = backend
         self._refer = refer
         self._root = root
@@ -122,6 +124,9 @@ class ShellPickler(cloudpickle.Pickler):  # type: ignore[misc]
         # a namedtuple's __new__ is of a module of that name
         if module not in _EVERYWHERE and not module.startswith("namedtuple_"):
             self.code[private.full_name(code)] = how
+            self.named.append(code)
+        elif any(module in packages for packages in PACKAGES.values()):
+            self.named.append(code)
 
 
 class ShellUnpickler(pickle.Unpickler):
@@ -136,6 +141,8 @@ class ShellUnpickler(pickle.Unpickler):
     backend : Backend
     links : sequence of Rebuilt
         Other parcels of the same pickle.
+    found_at : callable, optional
+        Takes the module and name of code as the sender has it, and returns those it has here.
     """
 
     def __init__(
@@ -145,11 +152,19 @@ class ShellUnpickler(pickle.Unpickler):
         buffers: Sequence[Any],
         backend: Backend,
         links: Sequence[Rebuilt],
+        found_at: Callable[[str, str], tuple[str, str]] | None = None,
     ) -> None:
         super().__init__(file, buffers=buffers)
         self._shells = shells
         self._backend = backend
         self._links = links
+        self._found_at = found_at
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Find code by its name there."""
+        if self._found_at is not None:
+            module, name = self._found_at(module, name)
+        return super().find_class(module, name)
 
     def persistent_load(self, pid: tuple[Any, ...]) -> Any:
         """Return the shell of a reference, made at first sight; DecodeError if no such class."""
@@ -168,6 +183,8 @@ class ShellUnpickler(pickle.Unpickler):
                 shell = self._backend.shell(cls)
             elif issubclass(cls, SHELLS):
                 shell = new_shell(cls)
+            elif cls is list:  # one that another backend watches
+                shell = []
             else:
                 raise DecodeError(f"{cls.__qualname__} is not a Keras class")
             self._shells[reference] = shell

@@ -23,7 +23,7 @@ from dask_keras_serialize.private import State, Tracker
 from dask_keras_serialize.shells import own_method
 
 #: The state of a class that is Keras's and a container too.
-_ITEMS = "items of the container"
+ITEMS = "items of the container"
 
 
 class Custom:
@@ -94,10 +94,10 @@ def items_of(obj: Any) -> State:
             "travel: give its class a __reduce__"
         )
     if isinstance(obj, dict):
-        return {_ITEMS: list(obj.items())}
+        return {ITEMS: list(obj.items())}
     if isinstance(obj, set):  # in one order in every process, where that can be: for tokens
-        return {_ITEMS: sorted(obj, key=lambda item: item if type(item) is str else "")}
-    return {_ITEMS: list(obj)} if isinstance(obj, list) else {}
+        return {ITEMS: sorted(obj, key=lambda item: item if type(item) is str else "")}
+    return {ITEMS: list(obj)} if isinstance(obj, list) else {}
 
 
 def fill(shell: Any, state: State | Custom) -> None:
@@ -105,8 +105,8 @@ def fill(shell: Any, state: State | Custom) -> None:
     if isinstance(state, Custom):
         shell.__setstate__(state.state)
         return
-    if _ITEMS in state:
-        _put(shell, state.pop(_ITEMS))
+    if ITEMS in state:
+        _put(shell, state.pop(ITEMS))
     for name, content in state.items():
         slot = getattr(type(shell), name, None)
         if isinstance(slot, types.MemberDescriptorType):

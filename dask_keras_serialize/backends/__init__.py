@@ -17,12 +17,17 @@
 ``SHELLS``, ``REDUCED``, ``shell(cls)``, ``reduce(obj)``, ``drop(obj, state)``, ``mend(obj, state)``
     What the backend adds to Keras objects that pickle cannot take; used when a model
     goes by value.
+``adopt(obj)``
+    Does for an object that came by value from another backend what this one does as
+    attributes are set.
 
-Nothing else in the package knows a backend.
+Nothing else in the package knows a backend, but that :data:`PACKAGES` and :data:`ADDED` name
+what is each one's, for those who do not have it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from importlib import import_module
 from typing import Any, Protocol, cast
@@ -35,6 +40,36 @@ from dask_keras_serialize.errors import KerasSerializeError
 Array = npt.NDArray[np.generic]
 
 NAMES = ("tensorflow", "jax", "torch")
+
+#: Packages whose code belongs to a backend.
+PACKAGES = {
+    "tensorflow": frozenset({"tensorflow"}),
+    "jax": frozenset({"jax", "jaxlib", "flax"}),
+    "torch": frozenset({"torch"}),
+}
+
+#: Attributes that a backend's base classes give Keras's layers, models, optimizers and variables
+#: (``keras/src/backend/*/layer.py``, ``trainer.py``, ``optimizer.py``), and what its adapter's
+#: ``drop`` writes in their place.
+ADDED = {
+    "tensorflow": re.compile(
+        r"_self_\w+|_tracked|_saved_model_\w+|_distribut(e|ion)_strategy|unrolled_steps_per_execution"
+        r"|wrapped by tensorflow"
+    ),
+    "jax": re.compile(r"_jax_state\w*"),
+    "torch": re.compile(
+        r"_(parameters|buffers|modules|non_persistent_buffers_set|is_full_backward_hook)"
+        r"|_\w+_hooks\w*|training|variables listed by torch"
+    ),
+}
+
+#: What of a backend's has its like on every other, by module and name: what makes its tensors,
+#: and a list that it watches.
+COMMON = {
+    ("tensorflow.python.framework.ops", "convert_to_tensor"),
+    ("tensorflow.python.trackable.data_structures", "ListWrapper"),
+    ("jax._src.array", "_reconstruct_array"),
+}
 
 
 def behind(array: Array, cls: type) -> Any:
@@ -88,6 +123,9 @@ class Backend(Protocol):
 
     def mend(self, obj: Any, state: dict[str, Any]) -> None:
         """Make it again."""
+
+    def adopt(self, obj: Any) -> None:
+        """Do for an object of another backend what is done as attributes are set."""
 
 
 def current() -> tuple[str, Backend]:

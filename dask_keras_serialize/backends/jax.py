@@ -110,3 +110,7 @@ def drop(obj: Any, state: dict[str, Any]) -> None:
 
 def mend(obj: Any, state: dict[str, Any]) -> None:
     """Mend nothing."""
+
+
+def adopt(obj: Any) -> None:
+    """Do nothing: no attribute is watched."""

@@ -12,6 +12,8 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from keras.src.backend.tensorflow.trackable import KerasAutoTrackable
+from keras.src.utils.tracking import DotNotTrackScope
 from tensorflow.python.eager.polymorphic_function.polymorphic_function import Function as _Function
 from tensorflow.python.trackable.data_structures import ListWrapper, _DictWrapper
 
@@ -184,7 +186,8 @@ def drop(obj: Any, state: _State) -> None:
         # what was dropped from the attributes, functions above all, is tracked here too
         gone = {name for name, value in vars(obj).items() if state.get(name) is not value}
         gone.update(wrapped)
-        state[_DEPENDENCIES] = [ref for ref in state[_DEPENDENCIES] if ref.name not in gone]
+        # a class of TensorFlow's, which another backend could not load
+        state[_DEPENDENCIES] = [tuple(ref) for ref in state[_DEPENDENCIES] if ref.name not in gone]
         state[_NAMES] = {k: v for k, v in state[_NAMES].items() if k not in gone}
     strategy = state.get("_distribution_strategy")
     if strategy is not None:
@@ -202,9 +205,24 @@ def mend(obj: Any, state: _State) -> None:
         _mend_saved_model(obj)
     if vars(obj).get("_distribution_strategy") == _DEFAULT:
         obj.__dict__["_distribution_strategy"] = _default_strategy()
+    if _DEPENDENCIES in vars(obj):
+        reference = tf.__internal__.tracking.TrackableReference
+        obj.__dict__[_DEPENDENCIES] = [reference(*pair) for pair in vars(obj)[_DEPENDENCIES]]
     for name in vars(obj).pop(_WRAPPED, ()):
         if name in vars(obj):
             tf.__internal__.tracking.AutoTrackable.__setattr__(obj, name, vars(obj).pop(name))
+
+
+def adopt(obj: Any) -> None:
+    """Track what the attributes hold, for checkpoints and SavedModels."""
+    if isinstance(obj, KerasAutoTrackable):
+        if "_tracked" in vars(obj):
+            obj.__dict__["_tracked"] = []
+        with DotNotTrackScope():  # Keras tracks already, and forbids more in what is built
+            for name, value in list(vars(obj).items()):
+                if name != "_tracked" and not name.startswith("_self_"):
+                    del obj.__dict__[name]  # or it is taken to be set already
+                    KerasAutoTrackable.__setattr__(obj, name, value)
 
 
 def _drop_saved_model(layer: Any, state: _State) -> None:

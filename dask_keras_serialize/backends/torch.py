@@ -214,8 +214,16 @@ def drop(obj: Any, state: dict[str, Any]) -> None:
 
 def mend(obj: Any, state: dict[str, Any]) -> None:
     """List a layer's variables again (``keras/src/backend/torch/layer.py``)."""
-    if vars(obj).pop(_LISTED, False):
+    if isinstance(obj, torch.nn.Module) and vars(obj).pop(_LISTED, False):
         obj._track_variables()
+
+
+def adopt(obj: Any) -> None:
+    """Keep modules where torch's modules keep them."""
+    if isinstance(obj, torch.nn.Module):
+        for name, value in list(vars(obj).items()):
+            if isinstance(value, torch.nn.Module):
+                obj._modules[name] = obj.__dict__.pop(name)
 
 
 _PARAMETERS = "_torch_params"
