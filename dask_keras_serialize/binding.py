@@ -2,11 +2,16 @@
 
 Code written with ``keras.ops`` runs on every backend. Code that names TensorFlow, JAX or
 torch does not; that shows in the names its functions use, which are looked up and never
-called. A function that also asks which ``backend`` it runs on is taken at its word.
+called. A function that also asks which ``backend`` it runs on is taken at its word, and so is
+a module that imports the package in a ``try``, for it can do without.
 """
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -99,9 +104,21 @@ def _names(function: types.FunctionType, backend: str) -> bool:
     values = [cell.cell_contents for cell in cells if cell != types.CellType()]
     values += [function.__globals__[name] for name in used if name in function.__globals__]
     imported = {name.partition(".")[0] for name in used}
-    return bool(imported & PACKAGES[backend]) or any(
-        _root(value) in PACKAGES[backend] for value in values
-    )
+    roots = imported.union(map(_root, values))
+    return bool(roots & PACKAGES[backend]) and not _does_without(function.__module__, backend)
+
+
+@functools.cache
+def _does_without(module: str, backend: str) -> bool:
+    """Say whether a module imports a backend's packages only if they are there."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (KeyError, OSError, TypeError, SyntaxError):  # typed in, or made by a program
+        return False
+    tried = (node for node in ast.walk(tree) if isinstance(node, ast.Try))
+    imports = (node for each in tried for node in ast.walk(each) if isinstance(node, ast.Import))
+    names = {alias.name.partition(".")[0] for each in imports for alias in each.names}
+    return bool(names & PACKAGES[backend])
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -265,7 +265,7 @@ class _Dump:
     def holder(self, obj: Any) -> Any:
         """Return what has a container of Keras's as its attribute; any other object itself."""
         while isinstance(obj, private.TRACKED) and obj is not self.root:
-            obj = self.holders[id(obj)]
+            obj = self.holders.get(id(obj), self.root)  # of what was seen earlier, unknown
         return obj
 
     def error_of(self, value: Any) -> Exception | None:

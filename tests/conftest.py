@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 import venv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
@@ -22,6 +23,9 @@ ROOT = Path(__file__).parent.parent
 
 #: The tests of other backends' adapters, which cannot be imported here.
 collect_ignore = [f"test_{name}.py" for name in backends.NAMES if name != keras.backend.backend()]
+#: That of all of them together, which `make test-together` runs where they all are.
+if not all(map(find_spec, (*backends.NAMES, "keras_hub"))):
+    collect_ignore += ["test_together.py", "hub.py"]
 
 
 @pytest.fixture(scope="session")
@@ -94,20 +98,27 @@ def address(core_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         running.stop()
 
 
-def start_cluster(running: Processes, scheduler: Path, worker: Path, folder: Path) -> str:
-    """Start `dask scheduler` and two `dask worker`, and return the address."""
+def start_cluster(
+    running: Processes,
+    scheduler: Path,
+    worker: Path,
+    folder: Path,
+    environments: Sequence[dict[str, str]] = ({}, {}),
+) -> str:
+    """Start `dask scheduler` and a `dask worker` in each environment; return the address."""
     file = folder / "scheduler.json"
     running.start(
         scheduler / "dask", "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
         "--scheduler-file", file,
     )  # fmt: skip
-    for _ in range(2):
+    for number, env in enumerate(environments):
         running.start(
             worker / "dask", "worker", "--scheduler-file", file, "--nthreads", "1",
             "--no-dashboard", "--no-nanny", "--local-directory", folder, "--memory-limit", "4GiB",
+            "--name", number, env=env,
         )  # fmt: skip
     with Client(scheduler_file=str(file), timeout=60) as client:
-        client.wait_for_workers(2, timeout=60)
+        client.wait_for_workers(len(environments), timeout=60)
         address: str = client.scheduler.address
     return address
 

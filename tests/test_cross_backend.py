@@ -1,40 +1,129 @@
-"""A model sent from any backend arrives on any other: golden files of each are read here."""
+"""A model sent from any backend arrives on any other: golden files of each are read here.
 
-import pickle
+``test_together.py`` has those that go by value, where all backends are installed.
+"""
+
+import importlib
 
 import keras
-import numpy as np
 import pytest
 
 from dask_keras_serialize import backends
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
+from dask_keras_serialize.translation import Translation
 from tests import golden, zoo
-
-#: The largest difference between predictions, which backends compute in other orders.
-TOLERANCE = 1e-5
 
 
 @pytest.mark.parametrize("backend", backends.NAMES)
 @pytest.mark.parametrize("name", golden.NAMES)
 def test_a_model_of_every_backend(name, backend):
-    sent, inputs, arrays, predictions = golden.read(backend)[name]
-    model = pickle.loads(sent)
-    for ours, theirs in zip(golden.arrays(model), arrays, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    for ours, theirs in zip(zoo.predictions(model, inputs), predictions, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=0)
-    assert model.compiled is ("trained" in name)
-    if model.compiled:  # and it trains on, with the optimizer it came with
-        assert int(model.optimizer.iterations) > 0
-        target = zoo.TARGETS[zoo.TARGET.get(name, "sparse")]
-        model.fit(zoo.X, target, batch_size=16, verbose=0)
-        assert np.isfinite(model.history.history["loss"]).all()
+    golden.check(name, *golden.read(golden.FOLDER, backend)[name])
 
 
-def test_what_goes_by_value_says_why_it_is_bound():
-    header, frames = serialize_keras(zoo.build("lambda and custom layer"))
-    header["backend"] = next(name for name in backends.NAMES if name != keras.backend.backend())
-    with pytest.raises(DecodeError, match=r"by value \(.*Scale.*\) from the backend") as info:
+class InTensorFlow(keras.layers.Layer):
+    def call(self, x):
+        import tensorflow as tf
+
+        return tf.square(x)
+
+
+class InJax(keras.layers.Layer):
+    def call(self, x):
+        import jax.numpy as jnp
+
+        return jnp.square(x)
+
+
+class InTorch(keras.layers.Layer):
+    def call(self, x):
+        import torch
+
+        return torch.square(x)
+
+
+class Asks(keras.layers.Layer):
+    """Knows every backend's way."""
+
+    def call(self, x):
+        if keras.backend.backend() == "tensorflow":
+            import tensorflow as tf
+
+            return tf.square(x)
+        if keras.backend.backend() == "torch":
+            import torch
+
+            return torch.square(x)
+        import jax.numpy as jnp
+
+        return jnp.square(x)
+
+
+HERE = keras.backend.backend()
+BOUND = {"tensorflow": InTensorFlow, "jax": InJax, "torch": InTorch}[HERE]
+ELSEWHERE = next(name for name in backends.NAMES if name != HERE)
+
+
+def relabelled(obj):
+    """Serialize as if this were another backend."""
+    header, frames = serialize_keras(obj)
+    header["backend"] = ELSEWHERE
+    return header, frames
+
+
+def test_a_layer_that_is_bound_to_its_backend_is_named():
+    model = keras.Sequential([keras.Input((4,)), BOUND(name="squared")], name="net")
+    header, frames = serialize_keras(model)
+    assert [code.rpartition(".")[2] for _, code in header["body"]["bound"]] == ["call"]
+    header["backend"] = ELSEWHERE
+    said = rf"model 'net' .*layer 'squared' .*bound to the backend '{ELSEWHERE}' by .*call"
+    with pytest.raises(DecodeError, match=said) as info:
         deserialize_keras(header, frames)
     assert "\n" not in str(info.value)
+
+
+def test_a_function_that_is_bound_is_named_with_its_layer():
+    bound = BOUND()
+    layer = keras.layers.Lambda(lambda x: bound.call(x), name="by hand")
+    layer.extra = BOUND.call
+    header, frames = relabelled(keras.Sequential([keras.Input((4,)), layer]))
+    with pytest.raises(DecodeError, match=r"layer 'by hand' .*bound to"):
+        deserialize_keras(header, frames)
+
+
+@pytest.mark.parametrize("layer", [Asks(), zoo.Scale(abs)], ids=lambda x: x.name)
+def test_code_for_every_backend_is_not_bound(layer):
+    header, _ = serialize_keras(keras.Sequential([keras.Input((4,)), layer]))
+    assert header["body"]["bound"] == []
+
+
+def test_a_module_that_can_do_without_is_not_bound(tmp_path, monkeypatch):
+    package = BOUND.call.__code__.co_names[0].partition(".")[0]
+    (tmp_path / "does_without.py").write_text(
+        f"import keras\ntry:\n    import {package}\nexcept ImportError:\n    {package} = None\n"
+        f"class Layer(keras.layers.Layer):\n    def call(self, x):\n"
+        f"        return x if {package} is None else keras.ops.abs(x)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    layer = importlib.import_module("does_without").Layer()
+    header, _ = serialize_keras(keras.Sequential([keras.Input((4,)), layer]))
+    assert header["body"]["bound"] == []
+
+
+@pytest.mark.parametrize("bound", [7, ["x"], [["a", "b", "c"]]], ids=str)
+def test_what_is_bound_may_be_malformed(bound):
+    header, frames = relabelled(keras.Sequential([keras.Input((4,)), zoo.Scale(abs)]))
+    header["body"]["bound"] = bound
+    with pytest.raises(DecodeError, match="malformed header"):
+        deserialize_keras(header, frames)
+
+
+def test_what_is_the_sender_s_alone_has_no_name_here():
+    translation = Translation(ELSEWHERE)
+    adapter = f"{backends.__name__}.{ELSEWHERE}"
+    for module in (f"{sorted(backends.PACKAGES[ELSEWHERE])[0]}.any", adapter):
+        with pytest.raises(DecodeError, match=f"{module}.thing is of the backend '{ELSEWHERE}'"):
+            translation.name(module, "thing")
+    theirs, ours = (f"keras.src.backend.{name}.core" for name in (ELSEWHERE, HERE))
+    assert translation.name(theirs, "Variable") == (ours, "Variable")
+    assert translation.name("collections", "deque") == ("collections", "deque")

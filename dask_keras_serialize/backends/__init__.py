@@ -28,7 +28,7 @@ what is each one's, for those who do not have it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import Any, Protocol, cast
 
@@ -36,6 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dask_keras_serialize.errors import KerasSerializeError
+from dask_keras_serialize.header import numpy_dtype
 
 Array = npt.NDArray[np.generic]
 
@@ -53,13 +54,16 @@ PACKAGES = {
 #: ``drop`` writes in their place.
 ADDED = {
     "tensorflow": re.compile(
-        r"_self_\w+|_tracked|_saved_model_\w+|_distribut(e|ion)_strategy|unrolled_steps_per_execution"
-        r"|wrapped by tensorflow"
+        r"_self_(setattr_tracking|update_uid|name_based_restores|saveable_object_factories"
+        r"|unconditional_(checkpoint_dependencies|dependency_names|deferred_dependencies))"
+        r"|_tracked|_saved_model_(inputs|arg)_spec|_distribut(e|ion)_strategy"
+        r"|unrolled_steps_per_execution|wrapped by tensorflow"
     ),
-    "jax": re.compile(r"_jax_state\w*"),
+    "jax": re.compile(r"_jax_state(_synced)?"),
     "torch": re.compile(
         r"_(parameters|buffers|modules|non_persistent_buffers_set|is_full_backward_hook)"
-        r"|_\w+_hooks\w*|training|variables listed by torch"
+        r"|_(forward|backward|state_dict|load_state_dict)_(pre_|post_)?hooks(_\w+)?"
+        r"|training|variables listed by torch"
     ),
 }
 
@@ -83,6 +87,30 @@ def behind(array: Array, cls: type) -> Any:
         else:
             return None
     return base
+
+
+def tensor_of(
+    memory: Array, dtype: str, shape: Sequence[int], strides: Sequence[int], offset: int
+) -> Any:
+    """Make a tensor like one of another process, out of a copy of the memory it lay in.
+
+    Parameters
+    ----------
+    memory : ndarray of uint8
+        Given away, if it is writeable. Tensors made of one that shared memory share it again,
+        where the backend's can.
+    dtype : str
+    shape : sequence of int
+    strides : sequence of int
+        In bytes, as ``offset``.
+    offset : int
+
+    Returns
+    -------
+    tensor
+    """
+    array: Array = np.ndarray(shape, numpy_dtype(dtype), memory.data, offset, strides)
+    return current()[1].tensor(array)
 
 
 class Backend(Protocol):

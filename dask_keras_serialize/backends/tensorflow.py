@@ -17,7 +17,7 @@ from keras.src.utils.tracking import DotNotTrackScope
 from tensorflow.python.eager.polymorphic_function.polymorphic_function import Function as _Function
 from tensorflow.python.trackable.data_structures import ListWrapper, _DictWrapper
 
-from dask_keras_serialize.backends import Array, behind
+from dask_keras_serialize.backends import ADDED, Array, behind
 from dask_keras_serialize.errors import DecodeError, EncodeError
 from dask_keras_serialize.frames import ALIGNMENT, allocate
 
@@ -220,7 +220,7 @@ def adopt(obj: Any) -> None:
             obj.__dict__["_tracked"] = []
         with DotNotTrackScope():  # Keras tracks already, and forbids more in what is built
             for name, value in list(vars(obj).items()):
-                if name != "_tracked" and not name.startswith("_self_"):
+                if not ADDED["tensorflow"].fullmatch(name):
                     del obj.__dict__[name]  # or it is taken to be set already
                     KerasAutoTrackable.__setattr__(obj, name, value)
 

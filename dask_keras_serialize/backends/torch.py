@@ -11,7 +11,7 @@ import functools
 import threading
 from collections.abc import Iterator
 from typing import Any
-from weakref import ref
+from weakref import WeakValueDictionary, ref
 
 import keras
 import ml_dtypes
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dask_keras_serialize.backends import Array, behind
+from dask_keras_serialize.backends import Array, behind, tensor_of
 
 #: dtypes numpy lacks, as (same-sized dtype both have, ml_dtypes' dtype)
 _BITS: dict[torch.dtype, tuple[torch.dtype, Any]] = {
@@ -92,14 +92,14 @@ def _in_turn(original: Any) -> Any:
 class _Memory:
     """A tensor's memory as bytes, for NumPy; keeps the tensor."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: torch.Tensor, writeable: bool = False) -> None:
         self.tensor = tensor
         address = torch._C._data_address(tensor) if LAZY else tensor.data_ptr()
         self.__array_interface__ = {
             "version": 3,
             "shape": (tensor.nbytes,),
             "typestr": "|u1",
-            "data": (address, True),
+            "data": (address, not writeable),
         }
 
 
@@ -133,7 +133,7 @@ def tensor(array: Array) -> torch.Tensor:
     behind = _tensor_behind(array)
     if behind is not None:
         return behind
-    if not array.flags.writeable or not array.flags.c_contiguous:
+    if not array.flags.writeable:
         array = array.copy()  # training would write to what is read-only
     if array.dtype in _DTYPES:
         bits, dtype = _DTYPES[array.dtype]
@@ -160,7 +160,7 @@ def version() -> str:
 #: None: torch and distributed pickle tensors themselves, out of band.
 TENSORS: tuple[type, ...] = ()
 
-REDUCED: tuple[type, ...] = (torch.nn.Parameter,)
+REDUCED: tuple[type, ...] = (torch.nn.Parameter, torch.Tensor)
 
 SHELLS: tuple[type, ...] = ()
 
@@ -171,13 +171,47 @@ def shell(cls: type) -> Any:
 
 
 def reduce(obj: Any) -> tuple[Any, ...] | None:
-    """Reduce a parameter of a user's module that is a variable's value to that variable's."""
+    """Reduce a parameter of a user's module that is a variable's value to that variable's.
+
+    And plain tensors to what every backend can make one of, and without a copy.
+    """
+    if type(obj) is torch.Tensor:
+        return _reduce_tensor(obj) if LAZY and _is_plain(obj) else None
     owner = _OWNERS.get(obj) if isinstance(obj, torch.nn.Parameter) else None
     variable = owner() if owner is not None else None
     if variable is None or variable._value is not obj:
         return None
     return _value_of, (variable,)
 
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor is no more than numbers in memory."""
+    return (
+        tensor.layout == torch.strided
+        and not (tensor.requires_grad or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+        and not (tensor.is_meta or vars(tensor))
+    )
+
+
+def _reduce_tensor(tensor: torch.Tensor) -> tuple[Any, ...] | None:
+    tensor = tensor.cpu()
+    whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    address = torch._C._data_address(whole)
+    memory = _MEMORIES.get((address, whole.nbytes))
+    if memory is None:
+        memory = np.asarray(_Memory(_own_view(whole), writeable=True))
+        if memory.ctypes.data != address:
+            return None  # a copy, and the next tensor that shares the memory would have another
+        _MEMORIES[address, whole.nbytes] = memory
+    size = tensor.element_size()
+    strides = tuple(size * step for step in tensor.stride())
+    dtype = _numpy_dtype(tensor.dtype).name
+    return tensor_of, (memory, dtype, tuple(tensor.shape), strides, size * tensor.storage_offset())
+
+
+#: Arrays of the memory of tensors on their way out, by where it is: tensors that share theirs
+#: travel with the same array. Who writes to such memory moves to another place.
+_MEMORIES: WeakValueDictionary[tuple[int, int], Any] = WeakValueDictionary()
 
 #: Variables by the parameters of modules in a TorchModuleWrapper, which they share.
 _OWNERS: Any = WeakIdKeyDictionary()
@@ -206,10 +240,11 @@ def drop(obj: Any, state: dict[str, Any]) -> None:
     if isinstance(obj, keras.layers.TorchModuleWrapper):
         for variable in obj.variables:
             _OWNERS[variable._value] = ref(variable)
-    modules = state.get("_modules")
-    if isinstance(obj, torch.nn.Module) and modules and _PARAMETERS in modules:
-        state["_modules"] = {name: each for name, each in modules.items() if name != _PARAMETERS}
-        state[_LISTED] = True
+    if isinstance(obj, torch.nn.Module):
+        modules = dict(state.get("_modules", ()))
+        # among the attributes where a __setattr__ of its own goes past torch's, as KerasHub's
+        if any(part.pop(_PARAMETERS, None) is not None for part in (modules, state)):
+            state |= {"_modules": modules, _LISTED: True}
 
 
 def mend(obj: Any, state: dict[str, Any]) -> None:

@@ -1,3 +1,13 @@
-from tests.golden import write
+import json
+import sys
+from pathlib import Path
 
-write()
+from tests import golden, zoo
+
+match sys.argv[1:]:
+    case []:
+        golden.write(golden.FOLDER, {name: zoo.ALL[name] for name in golden.NAMES})
+    case ["write", folder]:
+        golden.write(Path(folder), golden.models())
+    case ["check", folder]:
+        print(json.dumps(golden.check_all(Path(folder))))

@@ -1,0 +1,91 @@
+"""Models change backend between processes, by value too: needs all backends, and KerasHub.
+
+``make test-together`` installs them into one environment and runs this on each.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from distributed import Client
+
+from dask_keras_serialize import backends
+from tests import golden, zoo
+from tests.conftest import start_cluster
+
+ROOT = Path(__file__).parent.parent
+ELSEWHERE = [name for name in backends.NAMES if name != keras.backend.backend()]
+
+
+def run(backend, what, folder):
+    """Run tests.golden in a process of its own on a backend; return its last line."""
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.golden", what, str(folder)],
+        env=os.environ | {"KERAS_BACKEND": backend},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return ran.stdout.strip().rpartition("\n")[2]
+
+
+@pytest.fixture(scope="session")
+def sent(tmp_path_factory):
+    """Write the models of every backend."""
+    folder = tmp_path_factory.mktemp("sent")
+    for backend in backends.NAMES:
+        run(backend, "write", folder)
+    return folder
+
+
+@pytest.mark.parametrize("here", backends.NAMES)
+def test_models_of_every_backend(here, sent, capsys):
+    found = json.loads(run(here, "check", sent))
+    assert found.keys() == set(backends.NAMES)
+    for backend, models in found.items():
+        wrong = {name: what for name, what in models.items() if not isinstance(what, float)}
+        assert not wrong, f"from {backend} to {here}: {wrong}"
+        assert len(models) > 60
+        with capsys.disabled():
+            print(f"\n{backend} -> {here}: {len(models)} models, {max(models.values()):.1e}")
+
+
+@pytest.fixture
+def elsewhere(processes, tmp_path, monkeypatch):
+    """A client of a cluster whose two workers run on the other backends."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    bin_ = Path(sys.executable).parent
+    environments = [{"KERAS_BACKEND": name} for name in ELSEWHERE]
+    with Client(start_cluster(processes, bin_, bin_, tmp_path, environments)) as client:
+        yield client
+
+
+def train(model, x, y):
+    model.fit(x, y, epochs=1, batch_size=8, shuffle=False, verbose=0)
+    return keras.backend.backend(), model
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("name", ["trained", "trained subclassed"])
+def test_a_client_and_workers_on_three_backends(name, elsewhere):
+    model = zoo.build(name)
+    before = model.predict(zoo.X, verbose=0)
+    steps = int(model.optimizer.iterations)
+    for number, backend in enumerate(ELSEWHERE):
+        (far,) = elsewhere.scatter([model], workers=[number], hash=False)
+        predicted = elsewhere.submit(lambda m, x: m.predict(x, verbose=0), far, zoo.X).result(60)
+        np.testing.assert_allclose(predicted, before, atol=golden.TOLERANCE)
+        trained_on, trained = elsewhere.submit(
+            train, far, zoo.X, zoo.TARGETS["sparse"], workers=[number], pure=False
+        ).result(60)
+        assert trained_on == backend
+        assert int(trained.optimizer.iterations) > steps
+        trained.fit(zoo.X, zoo.TARGETS["sparse"], verbose=0)
+        assert not np.array_equal(trained.predict(zoo.X, verbose=0), before)
