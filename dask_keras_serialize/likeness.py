@@ -99,10 +99,11 @@ def _shapes(metric: keras.Metric) -> list[tuple[int, ...]]:
 
 
 #: Attributes, by how they begin, that say how far an object has come, which its
-#: variables carry; and what Keras and TensorFlow keep to find those.
+#: variables carry; what Keras and TensorFlow keep to find those; and where it is placed.
 _PROGRESS = (
     "built",
     "_built",
+    "_distribution_strategy",
     "_exclude_from_weight_decay_cache",
     "_self_",
     "_tracker",

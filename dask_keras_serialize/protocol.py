@@ -121,10 +121,9 @@ def encode_parts(
         except (RuntimeError, TypeError) as error:
             if isinstance(error, EncodeError):
                 raise
-            # a value that JAX's trainer has taken out, or has given away to a step
             raise EncodeError(
-                f"{owner}: it cannot be read while the model is being trained ({error!r}): send it "
-                "from a callback, by its self.model, or between epochs"
+                f"{owner}: its config cannot be read ({error!r}): mend its get_config, or, if "
+                "another thread trains it, send it from a callback, by its self.model"
             ) from error
         if isinstance(by_its_config, str):
             logger.debug("%s goes by value: %s", owner, by_its_config)
@@ -145,6 +144,9 @@ def encode_parts(
         VariableEntry(v.path, tuple(map(int, v.shape)), v.dtype, bool(v.trainable), location)
         for v, location in zip(variables, locations[: len(variables)], strict=True)
     )
+    placed = [(i, backend.placement(variable)) for i, variable in enumerate(variables)]
+    if any(placement for _, placement in placed):
+        body["placements"] = [[i, placement] for i, placement in placed if placement]
     body["extras"] = [list(location) for location in locations[len(variables) :]]
     header = Header(
         encoding=encoding,

@@ -50,6 +50,13 @@ class Values:
         self.header = header
         self._frames = frames
         self.backend = backends.current()[1]
+        try:
+            placements = header.body.get("placements", ())
+            self._placements = {int(index): list(placement) for index, placement in placements}
+        except (TypeError, ValueError) as error:
+            raise DecodeError(
+                f"{header.owner}: malformed header: {error!r}; send it again"
+            ) from None
 
     def array(self, index: int) -> backends.Array:
         """Return variable ``index`` as a view of the frames, read-only as they are."""
@@ -68,7 +75,17 @@ class Values:
                 f"{self.header.owner}: variable {entry.path!r} holds strings, which only the "
                 "backend 'tensorflow' has: set KERAS_BACKEND to it here"
             )
-        return self.backend.tensor(self.array(index))
+        tensor = self.backend.tensor(self.array(index))
+        placement = self._placements.get(index)
+        if placement is None or self.header.backend != keras.backend.backend():
+            return tensor
+        try:
+            return self.backend.place(tensor, placement)
+        except (TypeError, ValueError, KeyError) as error:
+            raise DecodeError(
+                f"{self.header.owner}: variable {entry.path!r} cannot be placed as {placement} "
+                f"({error!r}); send it again"
+            ) from None
 
 
 @contextmanager

@@ -55,7 +55,9 @@ def state_of(obj: Any, backend: Backend, variables: Sequence[Any] = ()) -> Any:
         If it cannot travel; names the object.
     """
     if isinstance(obj, keras.Variable):
-        return {name: value for name, value in vars(obj).items() if name != "_value"}
+        state = {name: value for name, value in vars(obj).items() if name != "_value"}
+        backend.drop(obj, state)
+        return state
     if isinstance(obj, Tracker):
         return {name: value for name, value in vars(obj).items() if name != "stored_ids"}
     state = obj.__getstate__() if own_method(type(obj), "__getstate__") else attributes_of(obj)
@@ -165,7 +167,7 @@ def view(variable: keras.Variable, backend: Backend, owner: str) -> Array:
     """
     shape = tuple(variable.shape)
     for _ in range(1000):
-        array = backend.view(variable) if variable._value is not None else None
+        array = backend.view(variable)
         if array is not None and array.shape == shape:
             # JAX keeps 64 bits in 32, torch unsigned numbers in wider ones that have a sign
             unlike = variable.dtype != STRING and array.dtype.name != variable.dtype

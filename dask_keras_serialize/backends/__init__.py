@@ -8,6 +8,8 @@
     writeable array is given away, and may be used in place where that is safe.
 ``initialize(variable, tensor)``
     Gives a variable its first value.
+``placement(variable)``, ``place(tensor, placement)``
+    How a value lies on several devices, as plain data, and to put another there.
 ``slots()``
     What has to be wrapped of Keras's, so that a view is of one instant: class, name, wrapper.
 ``version()``
@@ -124,6 +126,12 @@ class Backend(Protocol):
 
     def initialize(self, variable: Any, tensor: Any) -> None:
         """Give a variable that has no value yet one of ``tensor``'s."""
+
+    def placement(self, variable: Any) -> list[Any] | None:
+        """Say how a variable's value is spread over devices; None if it is on one."""
+
+    def place(self, tensor: Any, placement: list[Any]) -> Any:
+        """Spread a tensor so, if this process has the devices and no other plan."""
 
     def slots(self) -> Iterator[tuple[Any, str, Any]]:
         """Yield classes of Keras's, the name of a method, and what to put there."""

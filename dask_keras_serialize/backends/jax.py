@@ -1,13 +1,28 @@
-"""JAX: arrays are immutable, so a view is a snapshot by nature."""
+"""JAX: arrays are immutable, so a view is a snapshot by nature.
+
+But for as long as it fits, evaluates or predicts, Keras's trainer takes the values out of their
+variables, so that they are in memory once, and gives them away to each step, which returns new
+ones (``keras/src/backend/jax/trainer.py``). Meanwhile another thread finds variables without a
+value: a task that predicts with the same model fails. So we remember who took them; the variable
+then gives the trainer's, and threads that run one model take turns.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
+import threading
+import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
+from jax._src.array import ArrayImpl
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from dask_keras_serialize.backends import Array
 
@@ -30,8 +45,13 @@ def view(variable: Any) -> Array | None:
     -----
     Copies: none for an array in host memory, else one.
     """
+    value = variable._value
+    return _view_of_held(variable) if value is None else _view_of(value)
+
+
+def _view_of(value: jax.Array) -> Array | None:
     try:
-        array: Array = np.asarray(variable.value).view(_View)
+        array: Array = np.asarray(value).view(_View)
     except RuntimeError:  # given away to a step of training in another thread
         return None
     array.flags.writeable = False
@@ -71,9 +91,140 @@ def initialize(variable: Any, tensor: Any) -> None:
     variable._initialize(tensor)
 
 
+def placement(variable: Any) -> list[Any] | None:
+    """Say how a variable's value is sharded over a mesh of devices.
+
+    Returns
+    -------
+    list or None
+        The mesh's shape and the names of its axes, and for each axis of the value the names of
+        those it is split over, or None.
+    """
+    sharding = getattr(variable._value, "sharding", None)
+    if not isinstance(sharding, jax.sharding.NamedSharding) or sharding.mesh.size < 2:
+        return None
+    spec = [list(axis) if isinstance(axis, tuple) else axis for axis in sharding.spec]
+    return [list(sharding.mesh.devices.shape), list(sharding.mesh.axis_names), spec]
+
+
+def place(tensor: jax.Array, placement: list[Any]) -> jax.Array:
+    """Shard a tensor as another process had it, over this one's first devices.
+
+    Where there are fewer, and where a ``keras.distribution`` is set, which Keras then follows,
+    it stays on one.
+
+    Notes
+    -----
+    Copies: one, where it is sharded.
+    """
+    shape, names, spec = placement
+    devices = jax.devices()[: math.prod(shape)]
+    if keras.distribution.distribution() is not None or len(devices) < math.prod(shape):
+        return tensor
+    mesh = jax.sharding.Mesh(np.array(devices).reshape(shape), tuple(names))
+    axes = (tuple(axis) if isinstance(axis, (list, tuple)) else axis for axis in spec)
+    return jax.device_put(
+        tensor, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+    )
+
+
 def slots() -> Iterator[tuple[Any, str, Any]]:
-    """Yield nothing: a view is of one instant whatever other threads do."""
-    yield from ()
+    """Yield what of Keras's takes values out of variables, reads them, or must take turns."""
+    wrapped = [(keras.Model, name, _in_turn) for name in _RUNS]
+    wrapped += [(keras.Model, _PURGE, _remembering), (keras.Variable, "value", _reading)]
+    for base, name, wrap in wrapped:
+        cls = next((cls for cls in base.__mro__ if name in vars(cls)), None)
+        if cls is not None:
+            yield cls, name, wrap(vars(cls)[name])
+
+
+_RUNS = ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "predict_on_batch")
+_PURGE = "_purge_model_variables"
+
+#: Locks by the model they are of: one thread at a time runs it.
+_TURNS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+def _in_turn(original: Any) -> Any:
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _TURNS.setdefault(self, threading.RLock()):
+            try:
+                return original(self, *args, **kwargs)
+            finally:
+                _forget()
+
+    return method
+
+
+class _Held(NamedTuple):
+    """A value that a trainer has taken out of a variable."""
+
+    variable: ref[Any]
+    trainer: ref[Any]
+    kind: str
+    place: int
+    #: Given away at the first step.
+    first: Any
+
+
+#: By the variable's ``id()``.
+_HELD: dict[int, _Held] = {}
+
+
+def _remembering(original: Any) -> Any:
+    """Wrap ``_purge_model_variables``."""
+
+    @functools.wraps(original)
+    def purge(self: Any, **kinds: bool) -> None:
+        for kind in (kind for kind, purged in kinds.items() if purged):
+            owner = self.optimizer if kind.startswith("optimizer") else self
+            name = "variables" if owner is not self else kind
+            for place, variable in enumerate(getattr(owner, name)):
+                if variable._value is not None:
+                    held = _Held(ref(variable), ref(self), kind, place, variable._value)
+                    _HELD[id(variable)] = held
+        original(self, **kinds)
+
+    return purge
+
+
+def _forget() -> None:
+    """Forget what is back in its variable; what is not, after an interrupt, can still be read."""
+    for key, held in list(_HELD.items()):
+        variable = held.variable()
+        if variable is None or variable._value is not None:
+            _HELD.pop(key, None)
+
+
+def _view_of_held(variable: Any) -> Array | None:
+    """View the value that a trainer has taken out of a variable; None if none has.
+
+    Waits, a second at most, for the step that it was given away to.
+    """
+    for _ in range(1000):
+        held = _HELD.get(id(variable))
+        if held is None or held.variable() is not variable:
+            return None
+        state = getattr(held.trainer(), "_jax_state", None) or {}
+        view = _view_of(state[held.kind][held.place] if held.kind in state else held.first)
+        if view is not None:
+            return view
+        time.sleep(0.001)
+    return None
+
+
+def _reading(original: property) -> property:
+    """Wrap ``Variable.value``."""
+
+    def value(self: Any) -> Any:
+        if self._value is None and not in_stateless_scope():
+            view = _view_of_held(self)
+            if view is not None:  # as an array of its own: the trainer's is given away
+                return self._maybe_autocast(tensor(view))
+        return original.__get__(self)
+
+    return property(value, doc=original.__doc__)
 
 
 def version() -> str:
@@ -81,7 +232,8 @@ def version() -> str:
     return str(jax.__version__)
 
 
-TENSORS: tuple[type, ...] = (type(jnp.zeros(())),)
+#: Not the class of an array made here: that would start JAX's devices, which a user may yet set up.
+TENSORS: tuple[type, ...] = (ArrayImpl,)
 
 REDUCED: tuple[type, ...] = ()
 
@@ -103,7 +255,9 @@ def reduce(obj: Any) -> tuple[Any, ...] | None:
 
 
 def drop(obj: Any, state: dict[str, Any]) -> None:
-    """Leave out what a trainer holds for an epoch (``keras/src/backend/jax/trainer.py``)."""
+    """Leave out what a trainer holds for an epoch, and the devices that a value lies on."""
+    if state.get("_layout") is not None:  # ``placement`` has it
+        state["_layout"] = None
     if state.pop("_jax_state", None) is not None:
         state["_jax_state_synced"] = True
 

@@ -45,13 +45,15 @@ def view(variable: Any) -> Array:
     buffer and no bitcast) or a variable on another device.
     """
     value = variable.value
-    if isinstance(value, tf.Variable):  # as value.value() does, in half the time
+    if isinstance(value, tf.distribute.DistributedValues):  # as get_weights() has it
+        tensor = tf.convert_to_tensor(value)
+    elif isinstance(value, tf.Variable):  # as value.value() does, in half the time
         tensor = tf.raw_ops.ReadVariableOp(resource=value.handle, dtype=value.dtype)
     else:
         tensor = tf.convert_to_tensor(value)
     dtype = tensor.dtype
     if dtype in _NO_BUFFER or not tensor.device.endswith("CPU:0"):
-        array: Array = tensor.numpy()
+        array: Array = np.asarray(tensor.numpy())  # of a scalar it makes no array
     else:
         # the buffer protocol has no letter for bfloat16; a bitcast shares the memory
         source = tf.bitcast(tensor, tf.uint16) if dtype == tf.bfloat16 else tensor
@@ -126,6 +128,16 @@ def initialize(variable: Any, tensor: Any) -> None:
     variable._initialize(tensor)
 
 
+def placement(variable: Any) -> list[Any] | None:
+    """Return None: replicas of a tf.distribute strategy are the receiver's own to make."""
+    return None
+
+
+def place(tensor: Any, placement: list[Any]) -> Any:
+    """Return the tensor as it is."""
+    return tensor
+
+
 def slots() -> Iterator[tuple[Any, str, Any]]:
     """Yield nothing: a view is of one instant whatever other threads do."""
     yield from ()
@@ -137,7 +149,7 @@ def version() -> str:
 
 
 #: Tensors as users hold them.
-TENSORS = (type(tf.constant(0)),)
+TENSORS = (tf.__internal__.EagerTensor,)
 
 #: Classes that :func:`reduce` knows, and that copy themselves in a way of their own.
 REDUCED = (_DictWrapper, _Function)
@@ -189,22 +201,19 @@ def drop(obj: Any, state: _State) -> None:
         # a class of TensorFlow's, which another backend could not load
         state[_DEPENDENCIES] = [tuple(ref) for ref in state[_DEPENDENCIES] if ref.name not in gone]
         state[_NAMES] = {k: v for k, v in state[_NAMES].items() if k not in gone}
-    strategy = state.get("_distribution_strategy")
-    if strategy is not None:
-        if strategy is not _default_strategy():
-            raise EncodeError(
-                f"{type(obj).__qualname__} {obj.name!r} lives under {type(strategy).__name__}, "
-                "a tf.distribute strategy, which cannot travel: build it outside the strategy"
-            )
-        state["_distribution_strategy"] = _DEFAULT
+    for name in _STRATEGIES & state.keys():
+        state[name] = None
 
 
 def mend(obj: Any, state: _State) -> None:
     """Make again what :func:`drop` left out."""
     if isinstance(obj, keras.layers.TFSMLayer):
         _mend_saved_model(obj)
-    if vars(obj).get("_distribution_strategy") == _DEFAULT:
-        obj.__dict__["_distribution_strategy"] = _default_strategy()
+    for name in _STRATEGIES & vars(obj).keys():
+        # as TFOptimizer and TensorFlowTrainer do (keras/src/backend/tensorflow): that of the scope
+        # it is rebuilt in
+        needed = name == "_distribution_strategy" or tf.distribute.has_strategy()
+        obj.__dict__[name] = tf.distribute.get_strategy() if needed else None
     if _DEPENDENCIES in vars(obj):
         reference = tf.__internal__.tracking.TrackableReference
         obj.__dict__[_DEPENDENCIES] = [reference(*pair) for pair in vars(obj)[_DEPENDENCIES]]
@@ -269,8 +278,5 @@ _SAVED_MODEL = "files of the SavedModel"
 _DEPENDENCIES = "_self_unconditional_checkpoint_dependencies"
 _NAMES = "_self_unconditional_dependency_names"
 _WRAPPED = "wrapped by tensorflow"
-_DEFAULT = "the default strategy"
-
-
-def _default_strategy() -> Any:
-    return tf.distribute.get_strategy()
+#: Where an optimizer and a model keep the tf.distribute strategy that they were made under.
+_STRATEGIES = frozenset({"_distribution_strategy", "_distribute_strategy"})

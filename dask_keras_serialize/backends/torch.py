@@ -73,6 +73,16 @@ def _own_view(tensor: torch.Tensor) -> torch.Tensor:
 _WRITING = threading.RLock()
 
 
+def placement(variable: Any) -> list[Any] | None:
+    """Return None: a tensor is on one device."""
+    return None
+
+
+def place(tensor: Any, placement: list[Any]) -> Any:
+    """Return the tensor as it is."""
+    return tensor
+
+
 def slots() -> Iterator[tuple[Any, str, Any]]:
     """Yield what of Keras's writes to variables, taking turns with views."""
     for base, name in ((keras.Optimizer, "apply"), (keras.Variable, "assign")):
