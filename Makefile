@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 TEST_SECONDS ?= 2400
 
 # the same for everybody who tests
-PINS := $(if $(filter torch,$(BACKEND_EXTRA)),torch==2.13.0)
+PINS := $(if $(filter torch together,$(BACKEND_EXTRA)),torch==2.13.0)
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(BACKEND_EXTRA)
@@ -24,7 +24,7 @@ export KERAS_BACKEND ?= $(patsubst tensorflow%,tensorflow,$(BACKEND_EXTRA))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-jax test-torch test-long lint format bench fidelity build clean
+.PHONY: help install demo test test-jax test-torch test-together test-long lint format bench fidelity build clean
 
 help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,10 @@ test-jax: ## run the tests on JAX, in an environment of its own
 
 test-torch: ## run the tests on PyTorch, in an environment of its own
 	$(MAKE) test BACKEND_EXTRA=torch VENV=$(VENV)-torch KERAS_BACKEND=torch
+
+test-together: ## run the tests of changing backend, in an environment with all backends and KerasHub
+	$(MAKE) test BACKEND_EXTRA=together VENV=$(VENV)-together KERAS_BACKEND=jax \
+	  EXTRAS=test,together PYTEST_ARGS="tests/test_together.py --timeout=900"
 
 test-long: $(INSTALLED) ## run the slow tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
