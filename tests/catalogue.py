@@ -153,6 +153,11 @@ BOXED = {"images": IMAGE, "bounding_boxes": BOXES}
 LABELLED = {"images": IMAGE, "labels": np.eye(2, dtype="float32")}
 
 
+def copied(args: Any) -> Any:
+    """Copy arrays: on torch SimpleRNNCell writes to the states that it is given."""
+    return keras.tree.map_structure(lambda x: np.array(x) if isinstance(x, np.ndarray) else x, args)
+
+
 def layer(make: Callable[[], Any], *args: Any, adapt: Any = None) -> Citizen:
     def modes(obj: Any) -> list[dict[str, bool]]:
         takes = "training" in inspect.signature(obj.call).parameters
@@ -162,12 +167,12 @@ def layer(make: Callable[[], Any], *args: Any, adapt: Any = None) -> Citizen:
         obj = make()
         if adapt is not None:
             obj.adapt(adapt)
-        obj(*args, **modes(obj)[-1])
+        obj(*copied(args), **modes(obj)[-1])
         return obj
 
     def use(obj: Any) -> Any:
         random.seed(1)  # AugMix draws from it besides its own seed
-        calls = [(plain(obj(*args, **mode)), plain(obj.losses)) for mode in modes(obj)]
+        calls = [(plain(obj(*copied(args), **mode)), plain(obj.losses)) for mode in modes(obj)]
         said = plain(obj.get_config()) | attributes(obj) | {"policy": obj.dtype_policy.name}
         for name in [name for name in said if name.startswith("_self_")]:
             del said[name]  # TensorFlow's own, made when asked for

@@ -9,7 +9,8 @@
 ``initialize(variable, tensor)``
     Gives a variable its first value.
 ``placement(variable)``, ``place(tensor, placement)``
-    How a value lies on several devices, as plain data, and to put another there.
+    How a value lies on several devices, or otherwise than in C order, as plain data; and to put
+    another so.
 ``slots()``
     What has to be wrapped of Keras's, so that a view is of one instant: class, name, wrapper.
 ``version()``
@@ -128,10 +129,10 @@ class Backend(Protocol):
         """Give a variable that has no value yet one of ``tensor``'s."""
 
     def placement(self, variable: Any) -> list[Any] | None:
-        """Say how a variable's value is spread over devices; None if it is on one."""
+        """Say how a variable's value lies, if not on one device and in C order."""
 
     def place(self, tensor: Any, placement: list[Any]) -> Any:
-        """Spread a tensor so, if this process has the devices and no other plan."""
+        """Lay a tensor so, if this process has the devices and no other plan."""
 
     def slots(self) -> Iterator[tuple[Any, str, Any]]:
         """Yield classes of Keras's, the name of a method, and what to put there."""

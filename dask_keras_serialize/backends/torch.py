@@ -73,14 +73,22 @@ def _own_view(tensor: torch.Tensor) -> torch.Tensor:
 _WRITING = threading.RLock()
 
 
-def placement(variable: Any) -> list[Any] | None:
-    """Return None: a tensor is on one device."""
-    return None
+def placement(variable: Any) -> list[int] | None:
+    """Say in which order a value's axes lie in memory; None if as they are.
+
+    Some initializers transpose, and sums of a transposed kernel are rounded otherwise.
+    """
+    value = variable.value
+    if value.is_contiguous():
+        return None
+    order = sorted(range(value.dim()), key=lambda axis: -value.stride(axis))
+    return order if value.permute(order).is_contiguous() else None
 
 
-def place(tensor: Any, placement: list[Any]) -> Any:
-    """Return the tensor as it is."""
-    return tensor
+def place(tensor: torch.Tensor, placement: list[int]) -> torch.Tensor:
+    """Lay a tensor out so; one copy."""
+    back = sorted(range(len(placement)), key=placement.__getitem__)
+    return tensor.permute(placement).contiguous().permute(back)
 
 
 def slots() -> Iterator[tuple[Any, str, Any]]:
