@@ -29,9 +29,11 @@ NAMESPACES = (
 ELSEWHERE = {
     "callbacks.OrbaxCheckpoint": "needs orbax",
     "layers.FlaxLayer": "needs flax",
-    "layers.JaxLayer": "needs jax",
-    "layers.TorchModuleWrapper": "needs torch",
 }
+if keras.backend.backend() != "jax":
+    ELSEWHERE["layers.JaxLayer"] = "needs jax"
+if keras.backend.backend() != "torch":
+    ELSEWHERE["layers.TorchModuleWrapper"] = "needs torch"
 #: Layers that Keras makes with TensorFlow alone.
 IN_TENSORFLOW = (
     *("layers.Discretization", "layers.HashedCrossing", "layers.Hashing", "layers.IntegerLookup"),
@@ -151,6 +153,17 @@ COUNTS, WORDS = np.array([[1, 2], [3, 0]]), np.array([["a"], ["c"], ["é"]])
 BOXES = {"boxes": np.arange(16.0).reshape(2, 2, 4), "labels": COUNTS}
 BOXED = {"images": IMAGE, "bounding_boxes": BOXES}
 LABELLED = {"images": IMAGE, "labels": np.eye(2, dtype="float32")}
+
+
+def product(params: Any, inputs: Any) -> Any:
+    """Compute what a JaxLayer does."""
+    return inputs @ params["w"]
+
+
+def torch_module() -> Any:
+    import torch
+
+    return layers.TorchModuleWrapper(torch.nn.Sequential(torch.nn.Linear(6, 2), torch.nn.ReLU()))
 
 
 def copied(args: Any) -> Any:
@@ -305,6 +318,10 @@ WRAPPING = {
         *(FLAT, [[FLAT], [FLAT, -FLAT]]),
     ),
     "TFSMLayer": layer(tfsm, FLAT),
+    "JaxLayer": layer(
+        lambda: layers.JaxLayer(product, params={"w": np.ones((6, 2), "float32")}), FLAT
+    ),
+    "TorchModuleWrapper": layer(torch_module, FLAT),
     "TimeDistributed": layer(lambda: layers.TimeDistributed(layers.Dense(2)), SEQUENCE),
     "Wrapper": Citizen(wrapper, variables),
 }
@@ -587,6 +604,10 @@ FOLLOWERS: Specs = {
 }
 
 
+if not zoo.AVERAGES:
+    CALLBACKS["SwapEMAWeights"] = FOLLOWERS.pop("SwapEMAWeights")  # it wants averages to swap
+
+
 def follower(make: Callable[[], Any]) -> Citizen:
     def made() -> Any:
         obj = make()
@@ -701,7 +722,10 @@ CITIZENS: dict[str, Citizen] = {
         "wrappers", estimator, each("SKLearnClassifier SKLearnTransformer", LABELS, **ESTIMATED)
     ),
     **citizens("optimizers", optimizer, OPTIMIZERS),
-    "optimizers.LossScaleOptimizer": optimizer(scaled),
+    "optimizers.LossScaleOptimizer": optimizer(scaled)
+    if keras.backend.backend() != "jax"
+    # applied outside of a train step it leaks a tracer there; the zoo has one that trained
+    else Citizen(lambda: built(scaled), variables),
     "optimizers.MultiOptimizer": optimizer(lambda: optimizers.MultiOptimizer(optimizer_map())),
     "optimizers.Optimizer": Citizen(
         partial(built, new("optimizers.Optimizer", 0.1, name="o")), variables

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from dask_keras_serialize.errors import DecodeError
+from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
 from tests import zoo
 from tests.routes import ROUTES
 
@@ -97,3 +99,47 @@ def test_our_handler_wins_over_the_one_for_modules(first):
     command = [sys.executable, "-c", script]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
     assert result.stdout.split() == ["dask-keras-serialize"] * 3, result.stderr
+
+
+def test_a_value_lies_in_memory_as_it_lay():
+    layer = keras.layers.Dense(4)
+    layer.build((None, 6))
+    layer.kernel._value = torch.nn.Parameter(torch.randn(4, 6).t())
+    replica = pickle.loads(pickle.dumps(layer))
+    assert replica.kernel.value.stride() == layer.kernel.value.stride() == (1, 6)
+    assert torch.equal(replica.kernel.value, layer.kernel.value)
+
+
+@pytest.mark.parametrize("placement", [[0], [0, 0], [0, 5], ["x", 0], [0, 1, 2]], ids=str)
+def test_how_it_lay_may_be_malformed(placement):
+    header, frames = serialize_keras(keras.Variable(np.ones((4, 6), "float32")))
+    header["body"]["placements"] = [[0, placement]]
+    with pytest.raises(DecodeError, match=r"cannot be placed|malformed header"):
+        deserialize_keras(header, frames)
+
+
+def test_tensors_of_a_layer_share_their_memory_as_they_did():
+    layer = keras.layers.Layer()
+    layer.whole = torch.arange(12.0).reshape(3, 4)
+    layer.row, layer.turned = layer.whole[1], layer.whole.t()
+    layer.half = torch.tensor(0.5, dtype=torch.bfloat16)
+    layer.nothing = torch.empty(0, 3)
+    layer.learned = torch.ones(2, requires_grad=True)
+    replica = pickle.loads(pickle.dumps(layer))
+    for name in ("whole", "row", "turned", "half", "nothing", "learned"):
+        ours, theirs = getattr(layer, name), getattr(replica, name)
+        assert torch.equal(ours, theirs)
+        assert (ours.dtype, ours.stride()) == (theirs.dtype, theirs.stride())
+        assert ours.requires_grad == theirs.requires_grad
+    replica.whole[1, 0] = 99.0
+    assert float(replica.row[0]) == float(replica.turned[0, 1]) == 99.0
+    assert float(layer.row[0]) == 4.0
+
+
+def test_what_is_written_after_a_view_is_sent_next_time():
+    layer = keras.layers.Layer()
+    layer.constant = torch.zeros(4)
+    first = serialize_keras(layer)  # keeps the memory as it was
+    layer.constant[0] = 1.0
+    assert float(deserialize_keras(*serialize_keras(layer)).constant[0]) == 1.0
+    assert float(deserialize_keras(*first).constant[0]) == 0.0
