@@ -9,8 +9,10 @@ a module that imports the package in a ``try``, for it can do without.
 from __future__ import annotations
 
 import ast
+import dis
 import functools
 import inspect
+import itertools
 import sys
 import types
 from collections.abc import Iterator
@@ -18,6 +20,9 @@ from typing import Any
 
 from dask_keras_serialize.backends import COMMON, PACKAGES
 from dask_keras_serialize.private import SHELLS, describe, full_name
+
+#: Errors name the first; a function of JAX's own leads to a score of others.
+_MOST = 5
 
 
 class Bindings:
@@ -53,7 +58,7 @@ class Bindings:
                 continue
             self._asked.add(code)
             part = bound_code(code, self._backend)
-            if part is not None:
+            if part is not None and len(self.found) < _MOST:
                 self.found.append([describe(owner), part])
         named.clear()
 
@@ -64,7 +69,8 @@ def bound_code(code: Any, backend: str) -> str | None:
     Parameters
     ----------
     code : type or function
-        Of a class, the bases too.
+        Of a class, what Keras calls of it, its bases' too, and what that calls of the class and
+        of other modules that are not Keras's.
     backend : str
         Such as ``"tensorflow"``.
 
@@ -76,36 +82,73 @@ def bound_code(code: Any, backend: str) -> str | None:
     if _root(code) in PACKAGES[backend]:
         common = (code.__module__, code.__name__) in COMMON
         return None if common else full_name(code)
-    functions = _methods(code) if isinstance(code, type) else iter([code])
-    return next((full_name(each) for each in functions if _names(each, backend)), None)
-
-
-def _methods(cls: type) -> Iterator[types.FunctionType]:
-    """Yield the functions of a class and its bases, but for those of packages everybody has."""
-    for base in cls.__mro__:
-        if _root(base) in _TRUSTED:
+    cls = code if isinstance(code, type) else None
+    waiting = [code] if cls is None else [vars(base)[n] for base, n in _entries(cls)]
+    seen: set[int] = set()
+    while waiting:
+        function = _plain(waiting.pop(0))
+        if id(function) in seen:
             continue
-        for value in vars(base).values():
-            for part in (value, *(getattr(value, name, None) for name in ("__func__", "fget"))):
-                if isinstance(part, types.FunctionType):
-                    yield part
+        seen.add(id(function))
+        if not isinstance(function, types.FunctionType):
+            if _root(function) in PACKAGES[backend]:  # made by its decorator, such as tf.function
+                return full_name(cls or function)
+            continue
+        if function.__globals__.get("__name__", "").partition(".")[0] in _TRUSTED:
+            function = inspect.unwrap(function)
+        used, asked, attributes = _names(function)
+        if _names_backend(function, used, backend) and not asked:
+            return full_name(function)
+        waiting += [v for n in used if (v := function.__globals__.get(n)) is not None and _ours(v)]
+        for base in _bases(cls) if cls else ():
+            waiting += [vars(base)[name] for name in attributes if name in vars(base)]
+    return None
 
 
 #: Their own code asks for the backend where it matters.
 _TRUSTED = frozenset({"keras", "builtins", "collections"}).union(*PACKAGES.values())
 
+#: Run where the object is made, not where it arrives.
+_AT_HOME = frozenset({"__init__", "__new__", "get_config", "from_config"})
 
-def _names(function: types.FunctionType, backend: str) -> bool:
-    codes = list(_codes(function.__code__))
-    used = {name for code in codes for name in code.co_names}
-    if "backend" in used:
-        return False
+
+def _bases(cls: type) -> list[type]:
+    return [base for base in cls.__mro__ if _root(base) not in _TRUSTED]
+
+
+def _entries(cls: type) -> Iterator[tuple[type, str]]:
+    """Yield what Keras calls of a class: what its own classes have under the same name."""
+    keras_own = [base for base in cls.__mro__ if _root(base) in _TRUSTED]
+    for base in _bases(cls):
+        for name in vars(base):
+            # of a class that is not Keras's, everything
+            calls = not keras_own[:-1] or any(name in vars(own) for own in keras_own)
+            if calls and name not in _AT_HOME:
+                yield base, name
+
+
+def _plain(value: Any) -> Any:
+    """Return the function of a method, a property or a partial."""
+    for name in ("__func__", "fget", "func"):
+        value = getattr(value, name, value) if not isinstance(value, types.ModuleType) else value
+    return value
+
+
+def _ours(value: Any) -> bool:
+    """Say whether a global is a function that is not of a package everybody has."""
+    return isinstance(value, types.FunctionType) and _root(value) not in (
+        _TRUSTED | sys.stdlib_module_names | {"numpy"}
+    )
+
+
+def _names_backend(function: types.FunctionType, used: set[str], backend: str) -> bool:
+    """Say whether a function's globals, closure or imports are of a backend's packages."""
     cells = function.__closure__ or ()
     values = [cell.cell_contents for cell in cells if cell != types.CellType()]
     values += [function.__globals__[name] for name in used if name in function.__globals__]
-    imported = {name.partition(".")[0] for name in used}
-    roots = imported.union(map(_root, values))
-    return bool(roots & PACKAGES[backend]) and not _does_without(function.__module__, backend)
+    roots = {name.partition(".")[0] for name in used if name not in function.__globals__}
+    found = PACKAGES[backend] & roots.union(map(_root, values))
+    return bool(found) and not _does_without(function.__module__, backend)
 
 
 @functools.cache
@@ -119,6 +162,27 @@ def _does_without(module: str, backend: str) -> bool:
     imports = (node for each in tried for node in ast.walk(each) if isinstance(node, ast.Import))
     names = {alias.name.partition(".")[0] for each in imports for alias in each.names}
     return bool(names & PACKAGES[backend])
+
+
+def _names(function: types.FunctionType) -> tuple[set[str], bool, set[str]]:
+    """Return the globals and imports of a function, whether it asks for the backend, attributes."""
+    used: set[str] = set()
+    attributes: set[str] = set()
+    asked = False
+    for code in _codes(function.__code__):
+        steps = [step for step in dis.get_instructions(code) if step.opname not in _FILLING]
+        for step, after in itertools.pairwise(steps):
+            if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                attributes.add(step.argval)
+            elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "IMPORT_NAME"):
+                used.add(step.argval)
+            # keras.backend.backend(), not keras.backend.epsilon()
+            if step.argval == "backend" and after.opname.startswith(("CALL", "PRECALL")):
+                asked = True
+    return used, asked, attributes
+
+
+_FILLING = frozenset({"CACHE", "PUSH_NULL"})
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -98,8 +98,8 @@ def deep(obj: Any, memo: dict[Any, Any]) -> Any:
 
     Notes
     -----
-    Copies: with TensorFlow none of the variables' bytes, until one of the two is written
-    to; else each once.
+    Copies: none of the bytes of variables that the backend can show where they lie, until one of
+    the two is written to; else each once.
     """
     if reduces_itself(obj.__class__):
         return _reconstruct(obj, memo)

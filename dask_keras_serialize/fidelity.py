@@ -13,7 +13,7 @@ from typing import Any
 
 import keras
 
-from dask_keras_serialize import private
+from dask_keras_serialize import backends, private
 from dask_keras_serialize.aside import aside
 from dask_keras_serialize.layerwise import functional, layer_loss, model_loss
 from dask_keras_serialize.likeness import (
@@ -50,7 +50,9 @@ def loss_by_config(model: keras.Model, config: Mapping[str, Any]) -> str | None:
     policies = (each.dtype_policy for each in layers if isinstance(each, keras.Model))
     if any(policy != model.dtype_policy for policy in policies):
         return "a model inside it has another dtype policy"
-    reasons = (_shared(model), *map(layer_loss, layers), model_loss(model))
+    backend = backends.current()[1]
+    added = (backend.no_config_holds(each) for each in (model, *layers))
+    reasons = (_shared(model), *map(layer_loss, layers), model_loss(model), *added)
     for reason in reasons:
         if reason:
             return str(reason)

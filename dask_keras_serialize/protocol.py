@@ -79,8 +79,8 @@ def encode(obj: Any, *, for_token: bool = False) -> tuple[Header, list[Frame]]:
 
     Notes
     -----
-    Copies: each variable under 64 KiB once, into the arena; no other weight byte on
-    TensorFlow and JAX; with torch every byte once (its memory is written in place).
+    Copies: each variable under 64 KiB once, into the arena; of the others none that the backend
+    can show where it lies (docs/backends.md).
     """
     encoded = encode_parts(obj, for_token=for_token)
     return encoded.header, encoded.frames

@@ -81,7 +81,7 @@ class Values:
             return tensor
         try:
             return self.backend.place(tensor, placement)
-        except (TypeError, ValueError, KeyError, RuntimeError, IndexError) as error:
+        except (TypeError, ValueError, LookupError, RuntimeError, OverflowError) as error:
             raise DecodeError(
                 f"{self.header.owner}: variable {entry.path!r} cannot be placed as {placement} "
                 f"({error!r}); send it again"

@@ -176,8 +176,9 @@ def view(variable: keras.Variable, backend: Backend, owner: str) -> Array:
         # takes the values out of their variables for an epoch
         time.sleep(0.001)
     raise EncodeError(
-        f"{owner}: variable {variable.path!r} has no value of its shape {shape} while the model is "
-        "being trained: send it from a callback, by its self.model, or between epochs"
+        f"{owner}: variable {variable.path!r} has no value of its shape {shape}: if another thread "
+        "trains the model, send it from a callback, by its self.model, or between epochs; if a run "
+        "of it failed, set its weights again"
     )
 
 

@@ -91,7 +91,8 @@ class Translation:
             return
         modules = state.get("_modules") if self.sender == "torch" else None
         for name in [name for name in state if ADDED[self.sender].fullmatch(name)]:
-            del state[name]
+            if name != "training":  # torch's, but what a user's layer may well have too
+                del state[name]
         state |= modules or {}
         for name, value in vars(_NEW[kind]()).items():
             # TensorFlow makes these when it first needs them

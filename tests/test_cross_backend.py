@@ -91,7 +91,47 @@ def test_a_function_that_is_bound_is_named_with_its_layer():
         deserialize_keras(header, frames)
 
 
-@pytest.mark.parametrize("layer", [Asks(), zoo.Scale(abs)], ids=lambda x: x.name)
+def square(x):
+    return keras.ops.abs(x) if x is None else module.square(x)
+
+
+module = importlib.import_module({"tensorflow": "tensorflow", "jax": "jax.numpy"}.get(HERE, HERE))
+
+
+class ByHelper(keras.layers.Layer):
+    def call(self, x):
+        return self.helped(x)
+
+    def helped(self, x):
+        return square(x)
+
+
+class UsesKerasBackend(keras.layers.Layer):
+    def call(self, x):
+        return module.square(x) * (1 + keras.backend.epsilon())
+
+
+class Unused(keras.layers.Layer):
+    """Binds nothing: attributes of that name, and a method that Keras never calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.torch = self.jax = self.tensorflow = 1.0
+
+    def call(self, x):
+        return x * self.torch
+
+    def by_hand(self, x):
+        return module.square(x)
+
+
+@pytest.mark.parametrize("make", [ByHelper, UsesKerasBackend], ids=lambda x: x.__name__)
+def test_what_a_layer_calls_binds_it(make):
+    header, _ = serialize_keras(keras.Sequential([keras.Input((4,)), make()]))
+    assert len(header["body"]["bound"]) == 1
+
+
+@pytest.mark.parametrize("layer", [Asks(), Unused(), zoo.Scale(abs)], ids=lambda x: x.name)
 def test_code_for_every_backend_is_not_bound(layer):
     header, _ = serialize_keras(keras.Sequential([keras.Input((4,)), layer]))
     assert header["body"]["bound"] == []

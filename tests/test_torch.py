@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from dask_keras_serialize.backends import ADDED
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
 from tests import zoo
@@ -124,22 +125,52 @@ def test_tensors_of_a_layer_share_their_memory_as_they_did():
     layer.row, layer.turned = layer.whole[1], layer.whole.t()
     layer.half = torch.tensor(0.5, dtype=torch.bfloat16)
     layer.nothing = torch.empty(0, 3)
+    layer.short = torch.tensor([1, 2], dtype=torch.uint16)
     layer.learned = torch.ones(2, requires_grad=True)
-    replica = pickle.loads(pickle.dumps(layer))
-    for name in ("whole", "row", "turned", "half", "nothing", "learned"):
+    first = pickle.loads(pickle.dumps(layer))
+    replica = pickle.loads(pickle.dumps(first))  # of tensors in memory that torch did not allocate
+    for name in ("whole", "row", "turned", "half", "nothing", "learned", "short"):
         ours, theirs = getattr(layer, name), getattr(replica, name)
         assert torch.equal(ours, theirs)
         assert (ours.dtype, ours.stride()) == (theirs.dtype, theirs.stride())
         assert ours.requires_grad == theirs.requires_grad
     replica.whole[1, 0] = 99.0
     assert float(replica.row[0]) == float(replica.turned[0, 1]) == 99.0
-    assert float(layer.row[0]) == 4.0
+    assert float(layer.row[0]) == float(first.row[0]) == 4.0
 
 
-def test_what_is_written_after_a_view_is_sent_next_time():
+@pytest.mark.parametrize("make", [torch.zeros, lambda n: torch.from_numpy(np.zeros(n, "float32"))])
+def test_what_is_written_after_a_view_is_sent_next_time(make):
     layer = keras.layers.Layer()
-    layer.constant = torch.zeros(4)
+    layer.constant = make(4)
     first = serialize_keras(layer)  # keeps the memory as it was
     layer.constant[0] = 1.0
     assert float(deserialize_keras(*serialize_keras(layer)).constant[0]) == 1.0
     assert float(deserialize_keras(*first).constant[0]) == 0.0
+
+
+def doubled(module, inputs, output):
+    return output * 2
+
+
+def test_what_was_done_to_a_layer_as_to_a_module_arrives(send):
+    model = zoo.build("sequential")
+    first, last = model.layers[0], model.layers[-1]
+    first.kernel.value.requires_grad_(False)
+    first.register_buffer("seen", torch.arange(3))
+    last.register_forward_hook(doubled)
+    last.eval()
+    replica = send(model)
+    ours = replica.layers[0]
+    assert not ours.kernel.value.requires_grad
+    assert ours.kernel.trainable
+    assert ours.bias.value.requires_grad
+    assert torch.equal(ours.seen, first.seen)
+    assert not replica.layers[-1].training
+    zoo.assert_same(model, replica)  # its predictions are doubled
+
+
+def test_what_another_backend_sent_of_a_module_is_dropped():
+    assert set(torch.nn.Module().__dict__) == {
+        name for name in torch.nn.Module().__dict__ if ADDED["torch"].fullmatch(name)
+    }

@@ -11,6 +11,8 @@
 ``placement(variable)``, ``place(tensor, placement)``
     How a value lies on several devices, or otherwise than in C order, as plain data; and to put
     another so.
+``no_config_holds(layer)``
+    Says what was done to a layer past Keras, so that it has to go by value.
 ``slots()``
     What has to be wrapped of Keras's, so that a view is of one instant: class, name, wrapper.
 ``version()``
@@ -66,7 +68,7 @@ ADDED = {
     "torch": re.compile(
         r"_(parameters|buffers|modules|non_persistent_buffers_set|is_full_backward_hook)"
         r"|_(forward|backward|state_dict|load_state_dict)_(pre_|post_)?hooks(_\w+)?"
-        r"|training|variables listed by torch"
+        r"|training|variables listed by torch|requires_grad"
     ),
 }
 
@@ -113,7 +115,7 @@ def tensor_of(
     tensor
     """
     array: Array = np.ndarray(shape, numpy_dtype(dtype), memory.data, offset, strides)
-    return current()[1].tensor(array)
+    return current()[1].tensor_in(array, memory)
 
 
 class Backend(Protocol):
@@ -125,6 +127,9 @@ class Backend(Protocol):
     def tensor(self, array: Array) -> Any:
         """Turn an array into a tensor."""
 
+    def tensor_in(self, array: Array, memory: Array) -> Any:
+        """Turn an array into a tensor that shares ``memory``, which it lies in, if it can."""
+
     def initialize(self, variable: Any, tensor: Any) -> None:
         """Give a variable that has no value yet one of ``tensor``'s."""
 
@@ -133,6 +138,9 @@ class Backend(Protocol):
 
     def place(self, tensor: Any, placement: list[Any]) -> Any:
         """Lay a tensor so, if this process has the devices and no other plan."""
+
+    def no_config_holds(self, layer: Any) -> str | None:
+        """Say what the backend's own ways have added to a layer that no config holds."""
 
     def slots(self) -> Iterator[tuple[Any, str, Any]]:
         """Yield classes of Keras's, the name of a method, and what to put there."""

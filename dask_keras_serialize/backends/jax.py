@@ -4,7 +4,7 @@ But for as long as it fits, evaluates or predicts, Keras's trainer takes the val
 variables, so that they are in memory once, and gives them away to each step, which returns new
 ones (``keras/src/backend/jax/trainer.py``). Meanwhile another thread finds variables without a
 value: a task that predicts with the same model fails. So we remember who took them; the variable
-then gives the trainer's, and threads that run one model take turns.
+then gives the trainer's, and threads that evaluate or predict with one model take turns.
 """
 
 from __future__ import annotations
@@ -46,10 +46,12 @@ def view(variable: Any) -> Array | None:
     Copies: none for an array in host memory, else one.
     """
     value = variable._value
-    return _view_of_held(variable) if value is None else _view_of(value)
+    return _view_of(_held(variable) if value is None else value)
 
 
-def _view_of(value: jax.Array) -> Array | None:
+def _view_of(value: jax.Array | None) -> Array | None:
+    if value is None:
+        return None
     try:
         array: Array = np.asarray(value).view(_View)
     except RuntimeError:  # given away to a step of training in another thread
@@ -86,6 +88,11 @@ def tensor(array: Array) -> jax.Array:
     return jnp.array(array, copy=True)  # device_put may alias what others write to
 
 
+def tensor_in(array: Array, memory: Array) -> jax.Array:
+    """Turn an array into a tensor: nobody can write to one, so none has to share memory."""
+    return tensor(array)
+
+
 def initialize(variable: Any, tensor: Any) -> None:
     """Give a new variable its value."""
     variable._initialize(tensor)
@@ -100,7 +107,8 @@ def placement(variable: Any) -> list[Any] | None:
         The mesh's shape and the names of its axes, and for each axis of the value the names of
         those it is split over, or None.
     """
-    sharding = getattr(variable._value, "sharding", None)
+    value = variable._value
+    sharding = getattr(_held(variable) if value is None else value, "sharding", None)
     if not isinstance(sharding, jax.sharding.NamedSharding) or sharding.mesh.size < 2:
         return None
     spec = [list(axis) if isinstance(axis, tuple) else axis for axis in sharding.spec]
@@ -128,9 +136,15 @@ def place(tensor: jax.Array, placement: list[Any]) -> jax.Array:
     )
 
 
+def no_config_holds(layer: Any) -> str | None:
+    """Return None: nothing is done to a layer past Keras."""
+    return None
+
+
 def slots() -> Iterator[tuple[Any, str, Any]]:
     """Yield what of Keras's takes values out of variables, reads them, or must take turns."""
     wrapped = [(keras.Model, name, _in_turn) for name in _RUNS]
+    wrapped += [(keras.Model, name, _forgetting) for name in _TRAINING]
     wrapped += [(keras.Model, _PURGE, _remembering), (keras.Variable, "value", _reading)]
     for base, name, wrap in wrapped:
         cls = next((cls for cls in base.__mro__ if name in vars(cls)), None)
@@ -138,21 +152,43 @@ def slots() -> Iterator[tuple[Any, str, Any]]:
             yield cls, name, wrap(vars(cls)[name])
 
 
-_RUNS = ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "predict_on_batch")
+#: What tasks of one worker call of one model. Not ``fit``: its callbacks and its data may wait for
+#: threads that run the model.
+_RUNS = ("evaluate", "predict", "test_on_batch", "predict_on_batch")
+_TRAINING = ("fit", "train_on_batch")
 _PURGE = "_purge_model_variables"
 
 #: Locks by the model they are of: one thread at a time runs it.
 _TURNS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
+#: Seconds that a thread waits for its turn. Longer ones wait for each other: one goes on, as it
+#: would by Keras alone.
+_PATIENCE = 60.0
+
 
 def _in_turn(original: Any) -> Any:
+    run = _forgetting(original)
+
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _TURNS.setdefault(self, threading.RLock()):
-            try:
-                return original(self, *args, **kwargs)
-            finally:
-                _forget()
+        turn = _TURNS.setdefault(self, threading.RLock())
+        mine = turn.acquire(timeout=_PATIENCE)
+        try:
+            return run(self, *args, **kwargs)
+        finally:
+            if mine:
+                turn.release()
+
+    return method
+
+
+def _forgetting(original: Any) -> Any:
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _forget(self)
 
     return method
 
@@ -164,8 +200,8 @@ class _Held(NamedTuple):
     trainer: ref[Any]
     kind: str
     place: int
-    #: Given away at the first step.
-    first: Any
+    #: Given away at the first step; else it goes then.
+    first: ref[Any]
 
 
 #: By the variable's ``id()``.
@@ -182,46 +218,43 @@ def _remembering(original: Any) -> Any:
             name = "variables" if owner is not self else kind
             for place, variable in enumerate(getattr(owner, name)):
                 if variable._value is not None:
-                    held = _Held(ref(variable), ref(self), kind, place, variable._value)
+                    held = _Held(ref(variable), ref(self), kind, place, ref(variable._value))
                     _HELD[id(variable)] = held
         original(self, **kinds)
 
     return purge
 
 
-def _forget() -> None:
+def _forget(trainer: Any) -> None:
     """Forget what is back in its variable; what is not, after an interrupt, can still be read."""
     for key, held in list(_HELD.items()):
         variable = held.variable()
-        if variable is None or variable._value is not None:
+        back = variable is not None and variable._value is not None
+        if variable is None or (back and held.trainer() is trainer):
             _HELD.pop(key, None)
 
 
-def _view_of_held(variable: Any) -> Array | None:
-    """View the value that a trainer has taken out of a variable; None if none has.
-
-    Waits, a second at most, for the step that it was given away to.
-    """
-    for _ in range(1000):
-        held = _HELD.get(id(variable))
-        if held is None or held.variable() is not variable:
-            return None
-        state = getattr(held.trainer(), "_jax_state", None) or {}
-        view = _view_of(state[held.kind][held.place] if held.kind in state else held.first)
-        if view is not None:
-            return view
-        time.sleep(0.001)
-    return None
+def _held(variable: Any) -> Any:
+    """Return the array that a trainer has taken out of a variable, or None."""
+    held = _HELD.get(id(variable))
+    if held is None or held.variable() is not variable:
+        return None
+    state = getattr(held.trainer(), "_jax_state", None) or {}
+    return state[held.kind][held.place] if held.kind in state else held.first()
 
 
 def _reading(original: property) -> property:
     """Wrap ``Variable.value``."""
 
     def value(self: Any) -> Any:
-        if self._value is None and not in_stateless_scope():
-            view = _view_of_held(self)
-            if view is not None:  # as an array of its own: the trainer's is given away
-                return self._maybe_autocast(tensor(view))
+        if self._value is None and id(self) in _HELD and not in_stateless_scope():
+            for _ in range(1000):  # a second at most, while a step has it
+                view = _view_of(_held(self))
+                if view is not None:  # as an array of its own: the trainer's is given away
+                    return self._maybe_autocast(tensor(view))
+                if id(self) not in _HELD:  # it is back
+                    break
+                time.sleep(0.001)
         return original.__get__(self)
 
     return property(value, doc=original.__doc__)

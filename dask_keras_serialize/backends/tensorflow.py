@@ -123,6 +123,11 @@ def _tensor_behind(array: Array) -> tf.Tensor | None:
     return tf.reshape(tensor, array.shape)
 
 
+def tensor_in(array: Array, memory: Array) -> tf.Tensor:
+    """Turn an array into a tensor: nobody can write to one, so none has to share memory."""
+    return tensor(array)
+
+
 def initialize(variable: Any, tensor: Any) -> None:
     """Give a new variable its value."""
     variable._initialize(tensor)
@@ -136,6 +141,11 @@ def placement(variable: Any) -> list[Any] | None:
 def place(tensor: Any, placement: list[Any]) -> Any:
     """Return the tensor as it is."""
     return tensor
+
+
+def no_config_holds(layer: Any) -> str | None:
+    """Return None: nothing is done to a layer past Keras."""
+    return None
 
 
 def slots() -> Iterator[tuple[Any, str, Any]]:

@@ -7,6 +7,7 @@ tells where such a tensor lies without taking the copy: without them every byte 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Iterator
@@ -91,17 +92,49 @@ def place(tensor: torch.Tensor, placement: list[int]) -> torch.Tensor:
     return tensor.permute(placement).contiguous().permute(back)
 
 
+def no_config_holds(layer: Any) -> str | None:
+    """Say what was done to a layer as to a module of torch's: hooks, buffers, frozen tensors."""
+    attributes = vars(layer)
+    for name in _MODULE:
+        if attributes.get(name):
+            return f"layer {layer.name!r} has {name.strip('_')} of torch's"
+    if not layer.training:
+        return f"layer {layer.name!r} was put in torch's mode of evaluation"
+    own = (*layer._trainable_variables, *layer._non_trainable_variables)
+    frozen = next((v for v in own if _learns(v) not in (None, v.trainable)), None)
+    return f"variable {frozen.path!r} has another requires_grad" if frozen is not None else None
+
+
+#: Where torch's modules keep what users register with them.
+_MODULE = [
+    name for name, value in vars(torch.nn.Module()).items() if isinstance(value, (dict, set))
+]
+_MODULE.remove("_modules")  # that is where Keras's layers are
+
+
+def _learns(variable: Any) -> bool | None:
+    """Return a value's requires_grad; None where there is none to set."""
+    value = variable._value
+    floating = value is not None and (value.is_floating_point() or value.is_complex())
+    return bool(value.requires_grad) if floating else None
+
+
 def slots() -> Iterator[tuple[Any, str, Any]]:
     """Yield what of Keras's writes to variables, taking turns with views."""
     for base, name in ((keras.Optimizer, "apply"), (keras.Variable, "assign")):
         cls = next(cls for cls in base.__mro__ if name in vars(cls))
         yield cls, name, _in_turn(vars(cls)[name])
+    # whose forward writes to buffers, such as the averages of BatchNorm
+    wrapper = keras.layers.TorchModuleWrapper
+    yield wrapper, "call", _in_turn(vars(wrapper)["call"], unless="training")
 
 
-def _in_turn(original: Any) -> Any:
+def _in_turn(original: Any, unless: str = "") -> Any:
+    """Wrap a method that writes, unless an argument is False."""
+
     @functools.wraps(original)
     def method(*args: Any, **kwargs: Any) -> Any:
-        with _WRITING:
+        with _WRITING if kwargs.get(unless) is not False else contextlib.nullcontext():
             return original(*args, **kwargs)
 
     return method
@@ -160,6 +193,23 @@ def tensor(array: Array) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
+def tensor_in(array: Array, memory: Array) -> torch.Tensor:
+    """Turn an array into a tensor; others in the same memory share it with this one.
+
+    Notes
+    -----
+    Copies: none if ``memory`` is writeable, which is given away.
+    """
+    if not memory.flags.writeable:
+        return tensor(array)
+    like = tensor(np.empty(0, array.dtype))
+    size = array.itemsize
+    offset = array.ctypes.data - memory.ctypes.data if array.size else 0
+    steps = [step // size for step in array.strides]
+    storage = torch.from_numpy(memory).untyped_storage()
+    return like.set_(storage, offset // size, array.shape, steps)
+
+
 def _tensor_behind(array: Array) -> torch.Tensor | None:
     """Return a tensor that shares the memory that :func:`view` gave as this array."""
     base = behind(array, _Memory)
@@ -211,16 +261,13 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-def _reduce_tensor(tensor: torch.Tensor) -> tuple[Any, ...] | None:
+def _reduce_tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
     tensor = tensor.cpu()
     whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-    address = torch._C._data_address(whole)
-    memory = _MEMORIES.get((address, whole.nbytes))
-    if memory is None:
-        memory = np.asarray(_Memory(_own_view(whole), writeable=True))
-        if memory.ctypes.data != address:
-            return None  # a copy, and the next tensor that shares the memory would have another
-        _MEMORIES[address, whole.nbytes] = memory
+    where = torch._C._data_address(whole), whole.nbytes
+    memory = _MEMORIES.get(where)
+    if memory is None or not np.array_equal(memory, np.asarray(_Memory(whole))):
+        memory = _MEMORIES[where] = np.asarray(_Memory(_own_view(whole), writeable=True))
     size = tensor.element_size()
     strides = tuple(size * step for step in tensor.stride())
     dtype = _numpy_dtype(tensor.dtype).name
@@ -228,7 +275,7 @@ def _reduce_tensor(tensor: torch.Tensor) -> tuple[Any, ...] | None:
 
 
 #: Arrays of the memory of tensors on their way out, by where it is: tensors that share theirs
-#: travel with the same array. Who writes to such memory moves to another place.
+#: travel with the same array, for as long as nobody writes to it.
 _MEMORIES: WeakValueDictionary[tuple[int, int], Any] = WeakValueDictionary()
 
 #: Variables by the parameters of modules in a TorchModuleWrapper, which they share.
@@ -255,6 +302,8 @@ def initialize(variable: Any, tensor: torch.Tensor) -> None:
 
 def drop(obj: Any, state: dict[str, Any]) -> None:
     """Leave out what torch's modules list of a layer's variables by themselves."""
+    if isinstance(obj, keras.Variable) and _learns(obj) not in (None, obj.trainable):
+        state[_LEARNS] = _learns(obj)
     if isinstance(obj, keras.layers.TorchModuleWrapper):
         for variable in obj.variables:
             _OWNERS[variable._value] = ref(variable)
@@ -267,6 +316,8 @@ def drop(obj: Any, state: dict[str, Any]) -> None:
 
 def mend(obj: Any, state: dict[str, Any]) -> None:
     """List a layer's variables again (``keras/src/backend/torch/layer.py``)."""
+    if isinstance(obj, keras.Variable) and _LEARNS in vars(obj):
+        obj._value.requires_grad_(vars(obj).pop(_LEARNS))
     if isinstance(obj, torch.nn.Module) and vars(obj).pop(_LISTED, False):
         obj._track_variables()
 
@@ -281,3 +332,4 @@ def adopt(obj: Any) -> None:
 
 _PARAMETERS = "_torch_params"
 _LISTED = "variables listed by torch"
+_LEARNS = "requires_grad"
