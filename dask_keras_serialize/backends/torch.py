@@ -98,8 +98,6 @@ def no_config_holds(layer: Any) -> str | None:
     for name in _MODULE:
         if attributes.get(name):
             return f"layer {layer.name!r} has {name.strip('_')} of torch's"
-    if not layer.training:
-        return f"layer {layer.name!r} was put in torch's mode of evaluation"
     own = (*layer._trainable_variables, *layer._non_trainable_variables)
     frozen = next((v for v in own if _learns(v) not in (None, v.trainable)), None)
     return f"variable {frozen.path!r} has another requires_grad" if frozen is not None else None
