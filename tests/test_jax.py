@@ -1,0 +1,96 @@
+"""JAX's own: a trainer that takes the values out of a model for as long as it runs."""
+
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import keras
+import numpy as np
+import pytest
+
+from dask_keras_serialize.backends import jax as adapter
+from dask_keras_serialize.errors import EncodeError
+from tests import zoo
+
+X, Y = zoo.X, zoo.LABELS
+
+
+def callback(on_batch):
+    return keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: on_batch(batch))
+
+
+def test_a_model_is_sent_from_another_thread_in_the_middle_of_an_epoch():
+    model = zoo.build("trained")
+    sent = []
+
+    def send(batch):
+        assert model.trainable_variables[0]._value is None
+        with ThreadPoolExecutor(1) as thread:
+            sent.append(thread.submit(pickle.dumps, model).result(60))
+
+    model.fit(X, Y, batch_size=8, verbose=0, callbacks=[callback(send)])
+    steps = [int(pickle.loads(each).optimizer.iterations) for each in sent]
+    assert steps == sorted(set(steps))
+    assert len(steps) == 4
+    assert not adapter._HELD
+
+
+def test_training_may_wait_for_a_thread_that_predicts():
+    model = zoo.build("trained")
+    predicted = []
+
+    def predict(epoch, logs):
+        with ThreadPoolExecutor(1) as thread:
+            predicted.append(thread.submit(model.predict, X, verbose=0).result(60))
+
+    wait = keras.callbacks.LambdaCallback(on_epoch_end=predict)
+    model.fit(X, Y, epochs=2, verbose=0, callbacks=[wait])
+    assert len(predicted) == 2
+
+
+def test_values_that_a_failed_run_lost_are_named_at_once():
+    model = zoo.build("trained")
+
+    def batches():
+        yield X, Y
+        yield X, Y
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        model.evaluate(batches(), verbose=0)
+    model.predict(X, verbose=0)
+    with pytest.raises(EncodeError, match=r"variable .* has no value .* if a run of it failed"):
+        pickle.dumps(model)
+
+
+def test_another_model_s_run_forgets_nothing():
+    model, other = zoo.build("trained"), zoo.build("sequential")
+    done = threading.Event()
+
+    def run():
+        while not done.is_set():
+            other.predict_on_batch(X)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        for _ in range(5):
+            model.fit(
+                X, Y, batch_size=4, verbose=0, callbacks=[callback(lambda _: pickle.dumps(model))]
+            )
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_what_training_began_with_is_not_kept():
+    model = zoo.build("trained eagerly")
+    first = []
+
+    def look(batch):
+        first.append([held.first() for held in adapter._HELD.values()])
+
+    model.fit(X, Y, batch_size=8, verbose=0, callbacks=[callback(look)])
+    trainable = len(model.trainable_variables)
+    assert sum(value is None for value in first[-1]) >= trainable
+    assert np.isfinite(model.predict(X, verbose=0)).all()
