@@ -148,7 +148,9 @@ def _names_backend(function: types.FunctionType, used: set[str], backend: str) -
     values += [function.__globals__[name] for name in used if name in function.__globals__]
     roots = {name.partition(".")[0] for name in used if name not in function.__globals__}
     found = PACKAGES[backend] & roots.union(map(_root, values))
-    return bool(found) and not _does_without(function.__module__, backend)
+    # a decorator gives its function another's __module__
+    modules = (function.__module__, function.__globals__.get("__name__", ""))
+    return bool(found) and not any(_does_without(each, backend) for each in modules)
 
 
 @functools.cache
