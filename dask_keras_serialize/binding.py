@@ -18,7 +18,7 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-from dask_keras_serialize.backends import COMMON, PACKAGES
+from dask_keras_serialize.backends import COMMON, KERAS_AND_BELOW, PACKAGES
 from dask_keras_serialize.private import SHELLS, describe, full_name
 
 #: Errors name the first; a function of JAX's own leads to a score of others.
@@ -94,7 +94,7 @@ def bound_code(code: Any, backend: str) -> str | None:
             if _root(function) in PACKAGES[backend]:  # made by its decorator, such as tf.function
                 return full_name(cls or function)
             continue
-        if function.__globals__.get("__name__", "").partition(".")[0] in _TRUSTED:
+        if function.__globals__.get("__name__", "").partition(".")[0] in KERAS_AND_BELOW:
             function = inspect.unwrap(function)
         used, asked, attributes = _names(function)
         if _names_backend(function, used, backend) and not asked:
@@ -105,20 +105,18 @@ def bound_code(code: Any, backend: str) -> str | None:
     return None
 
 
-#: Their own code asks for the backend where it matters.
-_TRUSTED = frozenset({"keras", "builtins", "collections"}).union(*PACKAGES.values())
-
 #: Run where the object is made, not where it arrives.
 _AT_HOME = frozenset({"__init__", "__new__", "get_config", "from_config"})
 
 
 def _bases(cls: type) -> list[type]:
-    return [base for base in cls.__mro__ if _root(base) not in _TRUSTED]
+    # Keras's own code asks for the backend where it matters
+    return [base for base in cls.__mro__ if _root(base) not in KERAS_AND_BELOW]
 
 
 def _entries(cls: type) -> Iterator[tuple[type, str]]:
     """Yield what Keras calls of a class: what its own classes have under the same name."""
-    keras_own = [base for base in cls.__mro__ if _root(base) in _TRUSTED]
+    keras_own = [base for base in cls.__mro__ if _root(base) in KERAS_AND_BELOW]
     for base in _bases(cls):
         for name in vars(base):
             # of a class that is not Keras's, everything
@@ -137,7 +135,7 @@ def _plain(value: Any) -> Any:
 def _ours(value: Any) -> bool:
     """Say whether a global is a function that is not of a package everybody has."""
     return isinstance(value, types.FunctionType) and _root(value) not in (
-        _TRUSTED | sys.stdlib_module_names | {"numpy"}
+        KERAS_AND_BELOW | sys.stdlib_module_names | {"numpy"}
     )
 
 

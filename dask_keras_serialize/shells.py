@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import cloudpickle
 
 from dask_keras_serialize import private
-from dask_keras_serialize.backends import PACKAGES, Backend
+from dask_keras_serialize.backends import KERAS_AND_BELOW, PACKAGES, Backend
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.parts import Rebuilt, Reference
 from dask_keras_serialize.private import SHELLS
@@ -30,12 +30,6 @@ _PLAIN = (str, int, float, bytes, type(None))
 _EVERYWHERE = frozenset(
     {*sys.stdlib_module_names, "keras", "tensorflow", "jax", "jaxlib", "torch", "numpy"}
     | {"ml_dtypes", "cloudpickle", "dask_keras_serialize"}
-)
-
-#: Whose classes leave it to us how their instances are pickled; of collections,
-#: OrderedDict, which Keras has a subclass of.
-_KERAS_AND_BELOW = frozenset(
-    {"keras", "tensorflow", "torch", "jax", "jaxlib", "flax", "builtins", "collections"}
 )
 
 
@@ -231,4 +225,6 @@ def own_method(cls: type, name: str) -> bool:
 
 
 def _foreign(cls: type) -> bool:
-    return cls.__module__.partition(".")[0] not in _KERAS_AND_BELOW
+    # whose classes leave it to us how their instances are pickled; of collections, OrderedDict,
+    # which Keras has a subclass of
+    return cls.__module__.partition(".")[0] not in KERAS_AND_BELOW

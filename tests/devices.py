@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import distributed
+import keras
+import numpy as np
+
+from tests import zoo
+
 devices, what, file, *rest = sys.argv[1:]
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-
-import distributed  # noqa: E402, F401
-import keras  # noqa: E402
-import numpy as np  # noqa: E402
-
-from tests import zoo  # noqa: E402
+assert distributed  # by being imported it registers us
 
 X, Y = zoo.X, zoo.TARGETS["sparse"]
 

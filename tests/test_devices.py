@@ -1,5 +1,6 @@
 """Models spread over several devices arrive whole, and are spread again where that can be."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ def run(*arguments):
     """Run tests.devices, for devices can be made up only before any is used; return its lines."""
     ran = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.devices", *map(str, arguments)],
+        # JAX reads it when it is imported
+        env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={arguments[0]}"},
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,

@@ -54,6 +54,9 @@ PACKAGES = {
     "torch": frozenset({"torch"}),
 }
 
+#: Packages that Keras's own classes, and their bases, are of.
+KERAS_AND_BELOW = frozenset({"keras", "builtins", "collections"}).union(*PACKAGES.values())
+
 #: Attributes that a backend's base classes give Keras's layers, models, optimizers and variables
 #: (``keras/src/backend/*/layer.py``, ``trainer.py``, ``optimizer.py``), and what its adapter's
 #: ``drop`` writes in their place.

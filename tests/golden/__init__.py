@@ -113,6 +113,6 @@ def check_all(folder: Path) -> dict[str, dict[str, float | str]]:
         for name, sent in read(folder, backend).items():
             try:
                 found.setdefault(backend, {})[name] = check(name, *sent)
-            except Exception as error:
+            except Exception as error:  # reported by name, whatever it is; the next is checked too
                 found.setdefault(backend, {})[name] = repr(error)
     return found
