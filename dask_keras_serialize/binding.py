@@ -96,7 +96,7 @@ def bound_code(code: Any, backend: str) -> str | None:
             continue
         if function.__globals__.get("__name__", "").partition(".")[0] in KERAS_AND_BELOW:
             function = inspect.unwrap(function)
-        used, asked, attributes = _names(function)
+        used, asked, attributes = _names(function.__code__)
         if _names_backend(function, used, backend) and not asked:
             return full_name(function)
         waiting += [v for n in used if (v := function.__globals__.get(n)) is not None and _ours(v)]
@@ -139,7 +139,7 @@ def _ours(value: Any) -> bool:
     )
 
 
-def _names_backend(function: types.FunctionType, used: set[str], backend: str) -> bool:
+def _names_backend(function: types.FunctionType, used: frozenset[str], backend: str) -> bool:
     """Say whether a function's globals, closure or imports are of a backend's packages."""
     cells = function.__closure__ or ()
     values = [cell.cell_contents for cell in cells if cell != types.CellType()]
@@ -164,12 +164,13 @@ def _does_without(module: str, backend: str) -> bool:
     return bool(names & PACKAGES[backend])
 
 
-def _names(function: types.FunctionType) -> tuple[set[str], bool, set[str]]:
+@functools.lru_cache(4096)  # half the time of sending a model of many layers, else
+def _names(function: types.CodeType) -> tuple[frozenset[str], bool, frozenset[str]]:
     """Return the globals and imports of a function, whether it asks for the backend, attributes."""
     used: set[str] = set()
     attributes: set[str] = set()
     asked = False
-    for code in _codes(function.__code__):
+    for code in _codes(function):
         steps = [step for step in dis.get_instructions(code) if step.opname not in _FILLING]
         for step, after in itertools.pairwise(steps):
             if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
@@ -179,7 +180,7 @@ def _names(function: types.FunctionType) -> tuple[set[str], bool, set[str]]:
             # keras.backend.backend(), not keras.backend.epsilon()
             if step.argval == "backend" and after.opname.startswith(("CALL", "PRECALL")):
                 asked = True
-    return used, asked, attributes
+    return frozenset(used), asked, frozenset(attributes)
 
 
 _FILLING = frozenset({"CACHE", "PUSH_NULL"})

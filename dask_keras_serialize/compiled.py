@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-from dask_keras_serialize import private
+from dask_keras_serialize import backends, private
 from dask_keras_serialize.errors import DecodeError
 
 #: What the trainer lets a user change after ``compile``.
@@ -46,7 +46,7 @@ def adapt(config: dict[str, Any], attributes: dict[str, Any]) -> None:
     """Leave to this backend how it executes a model of another one."""
     config["jit_compile"] = "auto"
     attributes.pop("jit_compile", None)
-    if keras.backend.backend() == "torch":  # keras/src/backend/torch/trainer.py refuses others
+    if backends.current()[1].ONE_STEP:
         config["steps_per_execution"] = 1
         attributes.pop("steps_per_execution", None)
 
@@ -110,12 +110,12 @@ def _targets(y_pred: Any, metrics: list[list[str]] | None) -> Any:
 
 
 def for_every_backend(config: Any) -> Any:
-    """Name optimizers as all backends do: on torch, keras.optimizers.Adam makes another class."""
+    """Name optimizers as all backends do, where Keras makes the backend's own of them."""
     if isinstance(config, list):
         return [for_every_backend(each) for each in config]
     if not isinstance(config, dict):
         return config
     config = {name: for_every_backend(each) for name, each in config.items()}
-    if str(config.get("module")).startswith("keras.src.backend.torch.optimizers."):
+    if str(config.get("module")).startswith(backends.OWN_OPTIMIZERS):
         config |= {"module": "keras.optimizers", "registered_name": None}
     return config

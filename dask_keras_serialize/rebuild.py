@@ -70,7 +70,7 @@ class Values:
     def tensor(self, index: int) -> Any:
         """Return variable ``index`` as a tensor of the backend; DecodeError if it has no such."""
         entry = self.header.variables[index]
-        if entry.dtype == STRING and keras.backend.backend() != "tensorflow":
+        if entry.dtype == STRING and not self.backend.STRINGS:
             raise DecodeError(
                 f"{self.header.owner}: variable {entry.path!r} holds strings, which only the "
                 "backend 'tensorflow' has: set KERAS_BACKEND to it here"

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 
 from dask_keras_serialize import backends
-from dask_keras_serialize.backends import ADDED, COMMON, PACKAGES, Array
+from dask_keras_serialize.backends import ADDED, COMMON, OWN_OPTIMIZERS, PACKAGES, Array
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.private import State
 from dask_keras_serialize.states import ITEMS, Custom
@@ -60,7 +60,7 @@ class Translation:
         """
         if (module, name) in COMMON:
             return _HERE[name]
-        if module.startswith("keras.src.backend.torch.optimizers."):
+        if module.startswith(OWN_OPTIMIZERS):
             return "keras.optimizers", name
         theirs = f"keras.src.backend.{self.sender}"
         if module == theirs or module.startswith(f"{theirs}."):
@@ -89,18 +89,19 @@ class Translation:
         kind = next((cls for cls in _NEW if isinstance(shell, cls)), None)
         if kind is None:
             return
-        modules = state.get("_modules") if self.sender == "torch" else None
-        for name in [name for name in state if ADDED[self.sender].fullmatch(name)]:
+        added = [name for name in state if ADDED[self.sender].fullmatch(name)]
+        for name in added:
             if name != "training":  # torch's, but what a user's layer may well have too
-                del state[name]
-        state |= modules or {}
+                content = state.pop(name)
+                if name == "_modules":  # where torch's keep what elsewhere are attributes
+                    state |= content
         for name, value in vars(_NEW[kind]()).items():
             # TensorFlow makes these when it first needs them
             if ADDED[self.here].fullmatch(name) and not name.startswith("_self_"):
                 state.setdefault(name, value)
         if kind is keras.Model:
             state["_jit_compile"] = None  # Trainer.jit_compile finds out when asked
-            if self.here == "torch":  # keras/src/backend/torch/trainer.py refuses others
+            if self.backend.ONE_STEP:
                 state["steps_per_execution"] = 1
 
     def complete(self, shells: list[Any]) -> None:

@@ -15,8 +15,9 @@
     Says what was done to a layer past Keras, so that it has to go by value.
 ``slots()``
     What has to be wrapped of Keras's, so that a view is of one instant: class, name, wrapper.
-``version()``
-    The backend's version.
+``version()``, ``STRINGS``, ``ONE_STEP``
+    The backend's version; whether its variables may hold strings; and whether its trainer takes
+    no more than one step per execution.
 ``TENSORS``
     Classes of the backend's own tensors that travel as parcels.
 ``SHELLS``, ``REDUCED``, ``shell(cls)``, ``reduce(obj)``, ``drop(obj, state)``, ``mend(obj, state)``
@@ -82,6 +83,11 @@ COMMON = {
     ("tensorflow.python.trackable.data_structures", "ListWrapper"),
     ("jax._src.array", "_reconstruct_array"),
 }
+
+
+#: Where Keras keeps a backend's own kinds of the classes in ``keras.optimizers``, which it makes
+#: instead of those.
+OWN_OPTIMIZERS = "keras.src.backend.torch.optimizers."
 
 
 def behind(array: Array, cls: type) -> Any:
@@ -150,6 +156,12 @@ class Backend(Protocol):
 
     def version(self) -> str:
         """Return the backend's version."""
+
+    #: Whether variables may hold strings.
+    STRINGS: bool
+
+    #: Whether the trainer refuses other ``steps_per_execution`` than 1.
+    ONE_STEP: bool
 
     #: Classes of tensors that pickle as parcels.
     TENSORS: tuple[type, ...]

@@ -265,6 +265,10 @@ def version() -> str:
     return str(jax.__version__)
 
 
+STRINGS = False
+
+ONE_STEP = False
+
 #: Not the class of an array made here: that would start JAX's devices, which a user may yet set up.
 TENSORS: tuple[type, ...] = (ArrayImpl,)
 

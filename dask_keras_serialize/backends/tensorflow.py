@@ -158,6 +158,10 @@ def version() -> str:
     return str(tf.__version__)
 
 
+STRINGS = True
+
+ONE_STEP = False
+
 #: Tensors as users hold them.
 TENSORS = (tf.__internal__.EagerTensor,)
 

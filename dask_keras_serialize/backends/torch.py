@@ -223,6 +223,11 @@ def version() -> str:
     return str(torch.__version__)
 
 
+STRINGS = False
+
+#: ``keras/src/backend/torch/trainer.py`` refuses others.
+ONE_STEP = True
+
 #: None: torch and distributed pickle tensors themselves, out of band.
 TENSORS: tuple[type, ...] = ()
 
