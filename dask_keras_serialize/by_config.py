@@ -54,6 +54,9 @@ def dump(model: keras.Model) -> Description | str:
         trainer = compiled.describe(model) if model.compiled and not lost else None
     except AttributeError as error:  # see private.KERAS
         return f"what its config holds is not known of this Keras: {error}"
+    except (RuntimeError, TypeError) as error:
+        # another thread trains it: what was read of it was given away, or has grown, meanwhile
+        return f"its config cannot be read just now: {error!r}"
     if lost:
         return lost
     compile_config = config.pop("compile_config", None)

@@ -116,15 +116,7 @@ def encode_parts(
     if links or seen:
         described = by_value.dump(obj, links=links, seen=seen)
     if isinstance(obj, keras.Model) and not seen and not (described and described.links):
-        try:
-            by_its_config = by_config.dump(obj)
-        except (RuntimeError, TypeError) as error:
-            if isinstance(error, EncodeError):
-                raise
-            raise EncodeError(
-                f"{owner}: its config cannot be read ({error!r}): mend its get_config, or, if "
-                "another thread trains it, send it from a callback, by its self.model"
-            ) from error
+        by_its_config = by_config.dump(obj)
         if isinstance(by_its_config, str):
             logger.debug("%s goes by value: %s", owner, by_its_config)
         else:

@@ -4,10 +4,12 @@ import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
 
+from dask_keras_serialize import compiled
 from dask_keras_serialize.backends import jax as adapter
 from dask_keras_serialize.errors import EncodeError
 from tests import zoo
@@ -33,6 +35,16 @@ def test_a_model_is_sent_from_another_thread_in_the_middle_of_an_epoch():
     assert steps == sorted(set(steps))
     assert len(steps) == 4
     assert not adapter._HELD
+
+
+def test_what_a_config_says_may_be_given_away_while_it_is_read(monkeypatch):
+    model = zoo.build("trained")
+    given_away = jnp.array(0.1)
+    given_away.delete()
+    monkeypatch.setattr(compiled, "describe", lambda m: float(given_away))
+    arrived = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(arrived.predict(X, verbose=0), model.predict(X, verbose=0))
+    assert int(arrived.optimizer.iterations) == int(model.optimizer.iterations)
 
 
 def test_training_may_wait_for_a_thread_that_predicts():
