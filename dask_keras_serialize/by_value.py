@@ -48,7 +48,7 @@ from dask_keras_serialize.states import (
     next_place,
     state_of,
 )
-from dask_keras_serialize.translation import translation_from
+from dask_keras_serialize.translation import check_installed, translation_from
 
 
 def dump(
@@ -132,9 +132,11 @@ def load(
     with rebuilding():
         try:
             return _Load(body, values, extras, links).run()
-        except DecodeError:
-            raise
+        except DecodeError as error:
+            reason = str(error).removeprefix(f"{owner}: ")
+            raise DecodeError(f"{owner}: {reason}") from error
         except ModuleNotFoundError as error:
+            check_installed(error, values.header)
             raise DecodeError(
                 f"{owner}: it holds code of module {error.name!r}, which is not installed "
                 f"here: install it on every worker, or call cloudpickle."
@@ -202,7 +204,7 @@ class _Dump:
             "objects": done,
             "writeable": [not view.readonly for view in raw],
             "code": sorted(map(list, self.pickler.code.items())),
-            "bound": self.bound.found,
+            "bound": self.bound.first(),
         }
         stream: Array = np.frombuffer(self.stream.getbuffer(), np.uint8)
         extras = [stream, *(np.frombuffer(view, np.uint8) for view in raw)]

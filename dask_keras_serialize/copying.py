@@ -183,18 +183,25 @@ class _Copying:
         except Exception as error:  # what an object does to be copied is anybody's code
             if isinstance(obj, private.TRACKED):  # a container, which goes for who holds it
                 obj, state = self.root, attributes_of(self.root)
-            found = culprit(state, _error_of)
+            found = culprit(state, self._error_of)
             if found is None:
                 raise
             raise EncodeError(sentence(private.describe(obj), found, "", "be copied")) from error
 
-
-def _error_of(value: Any) -> Exception | None:
-    try:
-        copy.deepcopy(value)
-    except Exception as error:  # as above
-        return error
-    return None
+    def _error_of(self, value: Any) -> Exception | None:
+        """Return what copying a part of a state raises; Keras's objects in it have their turn."""
+        if isinstance(value, types.ModuleType):
+            return None
+        apart: dict[Any, Any] = {}
+        apart[_COPYING] = _Copying(self.root, apart)
+        try:
+            copy.deepcopy(value, apart)
+        except Exception as error:  # as above
+            return error
+        if not isinstance(value, private.TRACKED):
+            return None
+        items = (*value, *value.values()) if isinstance(value, dict) else value
+        return next(filter(None, map(self._error_of, items)), None)
 
 
 def _reconstruct(obj: Any, memo: dict[Any, Any] | None, reduced: Any = None) -> Any:

@@ -56,6 +56,8 @@ def _drop_wrappers(layer: Any, state: State) -> None:
 
 
 def _drop_functions(model: Any, state: State) -> None:
+    # and what fit keeps for as long as it runs, to validate by: callbacks send the model meanwhile
+    state.pop("_eval_epoch_iterator", None)
     for name in ("train_function", "test_function", "predict_function"):
         if name in state:
             state[name] = None

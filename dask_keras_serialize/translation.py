@@ -9,6 +9,7 @@ translated.
 
 from __future__ import annotations
 
+import traceback
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from dask_keras_serialize import backends
 from dask_keras_serialize.backends import ADDED, COMMON, OWN_OPTIMIZERS, PACKAGES, Array
 from dask_keras_serialize.errors import DecodeError
+from dask_keras_serialize.header import Header
 from dask_keras_serialize.private import State
 from dask_keras_serialize.states import ITEMS, Custom
 
@@ -34,6 +36,11 @@ _HERE = {
     "convert_to_tensor": (__name__, "tensor"),
     "ListWrapper": ("builtins", "list"),
     "_reconstruct_array": (__name__, "tensor_of_jax"),
+    "TensorShape": (__name__, "shape"),
+    "Dimension": (__name__, "dimension"),
+    "Size": ("builtins", "tuple"),
+    "as_dtype": ("builtins", "str"),
+    "dtype_of": ("builtins", "str"),
 }
 
 
@@ -124,9 +131,48 @@ def translation_from(sender: str) -> Translation | None:
     return Translation(sender) if sender != backends.current()[0] else None
 
 
+def check_installed(error: ModuleNotFoundError, header: Header) -> None:
+    """Raise DecodeError if what is missing here is the sender's backend: nobody has to install it.
+
+    Parameters
+    ----------
+    error : ModuleNotFoundError
+        Raised by code that was imported.
+    header : Header
+    """
+    here = backends.current()[0]
+    if header.backend == here or str(error.name).partition(".")[0] not in PACKAGES[header.backend]:
+        return
+    frames = [
+        frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    who = next(
+        (f"its module {name!r}" for name in reversed(frames) if not _is_machinery(str(name))), "it"
+    )
+    raise DecodeError(
+        f"{header.owner}: {who} imports {error.name!r}, and so is bound to the backend "
+        f"{header.backend!r}, but Keras runs on {here!r} in this process: import it where it is "
+        f"used, or set KERAS_BACKEND to {header.backend!r} here"
+    ) from error
+
+
+def _is_machinery(module: str) -> bool:
+    return module.partition(".")[0] in {"importlib", "cloudpickle", __package__}
+
+
 def tensor(array: Array) -> Any:
     """Turn an array into a tensor of this backend, which owns its memory."""
     return backends.current()[1].tensor(np.array(array))
+
+
+def shape(dims: list[int | None] | None) -> tuple[int | None, ...] | None:
+    """Turn a ``tf.TensorShape`` into what Keras makes of it; None if the rank is unknown."""
+    return None if dims is None else tuple(dims)
+
+
+def dimension(size: int | None) -> int | None:
+    """Do so for one dimension; None if it is unknown."""
+    return size
 
 
 def tensor_of_jax(function: Any, arguments: Any, state: Any, _: Any) -> Any:

@@ -3,16 +3,21 @@
 ``test_together.py`` has those that go by value, where all backends are installed.
 """
 
+import ast
+import functools
 import importlib
+import sys
 
 import keras
 import pytest
+import scipy.special
 
-from dask_keras_serialize import backends
+from dask_keras_serialize import backends, binding
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
 from dask_keras_serialize.translation import Translation
 from tests import golden, zoo
+from tests.test_custom_code import run
 
 
 @pytest.mark.parametrize("backend", backends.NAMES)
@@ -83,9 +88,7 @@ def test_a_layer_that_is_bound_to_its_backend_is_named():
 
 
 def test_a_function_that_is_bound_is_named_with_its_layer():
-    bound = BOUND()
-    layer = keras.layers.Lambda(lambda x: bound.call(x), name="by hand")
-    layer.extra = BOUND.call
+    layer = keras.layers.Lambda(lambda x: square(x), name="by hand")
     header, frames = relabelled(keras.Sequential([keras.Input((4,)), layer]))
     with pytest.raises(DecodeError, match=r"layer 'by hand' .*bound to"):
         deserialize_keras(header, frames)
@@ -98,17 +101,60 @@ def square(x):
 module = importlib.import_module({"tensorflow": "tensorflow", "jax": "jax.numpy"}.get(HERE, HERE))
 
 
-class ByHelper(keras.layers.Layer):
-    def call(self, x):
-        return self.helped(x)
+class Helper:
+    def __init__(self):
+        self.by = 2
 
-    def helped(self, x):
-        return square(x)
+    def __call__(self, x):
+        return module.square(x)
+
+    def help(self, x):
+        return module.square(x)
 
 
-class UsesKerasBackend(keras.layers.Layer):
-    def call(self, x):
-        return module.square(x) * (1 + keras.backend.epsilon())
+HELPER = Helper()
+TABLE = {"sq": square}
+
+
+def decorated(function):
+    @functools.wraps(function)
+    def wrapper(*args):
+        return function(*args)
+
+    return wrapper
+
+
+def calling(name, call):
+    """Make a layer of a class of its own, whose call is a function of this module."""
+    members = {"call": call, "by_method": lambda self, x: square(x), "__module__": __name__}
+    return type(name, (keras.layers.Layer,), members)
+
+
+def imported(self, x):
+    from tests.test_cross_backend import square as squared
+
+    return squared(x)
+
+
+@decorated
+def wrapped(self, x):
+    return module.square(x)
+
+
+WAYS = {
+    "function": lambda self, x: square(x),
+    "method": lambda self, x: self.by_method(x),
+    "getattr": lambda self, x: getattr(self, "by_method")(x),  # noqa: B009
+    "module": lambda self, x: this.square(x),
+    "instance": lambda self, x: HELPER(x),
+    "its method": lambda self, x: HELPER.help(x),
+    "class": lambda self, x: Helper()(x),
+    "table": lambda self, x: TABLE["sq"](x),
+    "import": imported,
+    "decorator": wrapped,
+    "beside epsilon": lambda self, x: module.square(x) * (1 + keras.backend.epsilon()),
+}
+this = importlib.import_module(__name__)
 
 
 class Unused(keras.layers.Layer):
@@ -125,29 +171,103 @@ class Unused(keras.layers.Layer):
         return module.square(x)
 
 
-@pytest.mark.parametrize("make", [ByHelper, UsesKerasBackend], ids=lambda x: x.__name__)
-def test_what_a_layer_calls_binds_it(make):
-    header, _ = serialize_keras(keras.Sequential([keras.Input((4,)), make()]))
-    assert len(header["body"]["bound"]) == 1
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_layer_calls_binds_it(way):
+    layer = calling("Calls", WAYS[way])(name="caller")
+    header, _ = serialize_keras(keras.Sequential([keras.Input((4,)), layer]))
+    ((owner, _),) = header["body"]["bound"]
+    assert owner.startswith("layer 'caller'")
 
 
-@pytest.mark.parametrize("layer", [Asks(), Unused(), zoo.Scale(abs)], ids=lambda x: x.name)
+class AsksFirst(keras.layers.Layer):
+    """What it calls is of the backend that it asked for."""
+
+    def call(self, x):
+        return self.here(x) if keras.config.backend() == HERE else keras.ops.square(x)
+
+    def here(self, x):
+        return module.square(x)
+
+
+class AskedBefore(AsksFirst):
+    def call(self, x):
+        return module.square(x) if HERE == "nowhere" else keras.ops.square(x)
+
+
+class UsesScipy(keras.layers.Layer):
+    """Its package has functions for every backend's arrays."""
+
+    def call(self, x):
+        return x * scipy.special.logsumexp([1.0])
+
+
+AGNOSTIC = [Asks(), AsksFirst(), AskedBefore(), Unused(), UsesScipy(), zoo.Scale(abs)]
+
+
+@pytest.mark.parametrize("layer", AGNOSTIC, ids=lambda x: x.name)
 def test_code_for_every_backend_is_not_bound(layer):
     header, _ = serialize_keras(keras.Sequential([keras.Input((4,)), layer]))
     assert header["body"]["bound"] == []
 
 
-def test_a_module_that_can_do_without_is_not_bound(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "head",
+    [
+        "try:\n    import {0}\nexcept ImportError:\n    {0} = None\n",
+        "{0} = None\nif keras.backend.backend() == '{1}':\n    from {0} import __version__\n",
+        "if keras.backend.backend() == '{1}':\n    def {0}(): import {0}\nelse:\n    {0} = None\n",
+    ],
+)
+def test_a_module_that_can_do_without_is_not_bound(head, tmp_path, monkeypatch):
     package = BOUND.call.__code__.co_names[0].partition(".")[0]
     (tmp_path / "does_without.py").write_text(
-        f"import keras\ntry:\n    import {package}\nexcept ImportError:\n    {package} = None\n"
+        f"import keras\n{head.format(package, HERE)}"
         f"class Layer(keras.layers.Layer):\n    def call(self, x):\n"
         f"        return x if {package} is None else keras.ops.abs(x)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "does_without", raising=False)
+    binding._does_without.cache_clear()
     layer = importlib.import_module("does_without").Layer()
     header, _ = serialize_keras(keras.Sequential([keras.Input((4,)), layer]))
     assert header["body"]["bound"] == []
+
+
+class KeepsShapes(keras.layers.Layer):
+    """What Keras gives a layer as shapes and dtypes differs; what they say is the same."""
+
+    def call(self, x):
+        self.shape, self.kind = keras.ops.convert_to_tensor(x).shape, x.dtype
+        return keras.ops.cast(x, self.kind)
+
+
+def test_shapes_and_dtypes_bind_nothing():
+    layer = KeepsShapes()
+    layer(zoo.X)
+    header, _ = serialize_keras(layer)
+    assert header["body"]["bound"] == []
+
+
+IN_MAIN = """
+import importlib, sys
+import keras
+from dask_keras_serialize.protocol import encode
+module = importlib.import_module(sys.argv[1])
+
+class Squared(keras.layers.Layer):
+    def call(self, x):
+        return module.square(x)
+
+model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2), Squared(name="squared")])
+print(encode(model)[0].body["bound"])
+"""
+
+
+def test_a_layer_of_a_script_is_named(tmp_path):
+    said = run(tmp_path, "script", IN_MAIN, module.__name__)
+    ((owner, code),) = ast.literal_eval(said.splitlines()[-1])
+    assert owner.startswith("layer 'squared'")
+    assert code == "__main__.Squared.call"
 
 
 @pytest.mark.parametrize("bound", [7, ["x"], [["a", "b", "c"]]], ids=str)

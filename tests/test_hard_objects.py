@@ -327,6 +327,15 @@ def test_errors_name_the_path(thing, on):
         assert "\n" not in str(info.value)
 
 
+@pytest.mark.parametrize("way", [pickle.dumps, copy.deepcopy])
+def test_an_error_of_a_model_that_layers_refer_to_is_found_at_once(way):
+    """A deepcopy of each part, to find it, copied the model, which failed and was searched."""
+    model = keras.Sequential([keras.Input((8,)), *[layers.Dense(4) for _ in range(8)]])
+    model.keeps = SimpleNamespace(layers=model.layers, model=model, lock=LOCK)
+    with pytest.raises(EncodeError, match=r"keeps\.lock"):
+        way(model)
+
+
 class Keeps:
     """Says itself how it is copied, and would not be pickled."""
 

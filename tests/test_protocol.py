@@ -1,5 +1,6 @@
 """The encoder: the same model, uncopied out, copied once in, no random numbers drawn."""
 
+import copy
 import gc
 import logging
 import math
@@ -219,13 +220,15 @@ def test_sending_and_receiving_at_once_leave_random_numbers_alone():
     assert seed_generator.python_random is random
 
 
-def test_a_model_in_training_is_sent_whole():
-    model = zoo.build("trained")
+@pytest.mark.parametrize("name", ["trained", "trained subclassed"])
+def test_a_model_in_training_is_sent_whole(name):
+    model = zoo.build(name)
     done = threading.Event()
+    data = zoo.X, zoo.LABELS
 
     def train():
         while not done.is_set():
-            model.fit(zoo.X, zoo.LABELS, batch_size=2, verbose=0)
+            model.fit(*data, batch_size=2, validation_data=data, verbose=0)
 
     thread = threading.Thread(target=train)
     thread.start()
@@ -241,6 +244,25 @@ def test_a_model_in_training_is_sent_whole():
         thread.join()
     assert steps == sorted(steps)
     assert steps[0] < steps[-1], "nothing was trained meanwhile"
+
+
+@pytest.mark.parametrize("name", ["trained", "trained subclassed"])
+@pytest.mark.parametrize("send", [round_trip, copy.deepcopy], ids=["encode", "deepcopy"])
+def test_a_callback_may_send_the_model_between_epochs(name, send):
+    model = zoo.build(name)
+    sent = []
+
+    def on_epoch_end(epoch, logs):
+        sent.append((send(model), model.get_weights()))
+
+    callback = keras.callbacks.LambdaCallback(on_epoch_end=on_epoch_end)
+    data = zoo.X, zoo.LABELS
+    model.fit(*data, epochs=2, validation_data=data, verbose=0, callbacks=[callback])
+    for replica, weights in sent:
+        for ours, theirs in zip(replica.get_weights(), weights, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert len(sent) == 2
+    replica.fit(*data, validation_data=data, verbose=0)
 
 
 def test_threads_may_run_one_model():

@@ -77,11 +77,16 @@ ADDED = {
 }
 
 #: What of a backend's has its like on every other, by module and name: what makes its tensors,
-#: and a list that it watches.
+#: a list that it watches, shapes and dtypes.
 COMMON = {
     ("tensorflow.python.framework.ops", "convert_to_tensor"),
     ("tensorflow.python.trackable.data_structures", "ListWrapper"),
+    ("tensorflow.python.framework.tensor_shape", "TensorShape"),
+    ("tensorflow.python.framework.tensor_shape", "Dimension"),
+    ("tensorflow.python.framework.dtypes", "as_dtype"),
     ("jax._src.array", "_reconstruct_array"),
+    ("torch", "Size"),
+    (f"{__name__}.torch", "dtype_of"),
 }
 
 

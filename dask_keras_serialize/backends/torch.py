@@ -244,8 +244,10 @@ def shell(cls: type) -> Any:
 def reduce(obj: Any) -> tuple[Any, ...] | None:
     """Reduce a parameter of a user's module that is a variable's value to that variable's.
 
-    And plain tensors to what every backend can make one of, and without a copy.
+    And plain tensors to what every backend can make one of, without a copy; and dtypes.
     """
+    if type(obj) is torch.dtype:  # pickled by name alone, which no other backend could find
+        return dtype_of, (str(obj).rpartition(".")[2],)
     if type(obj) is torch.Tensor:
         return _reduce_tensor(obj) if LAZY and _is_plain(obj) else None
     owner = _OWNERS.get(obj) if isinstance(obj, torch.nn.Parameter) else None
@@ -253,6 +255,11 @@ def reduce(obj: Any) -> tuple[Any, ...] | None:
     if variable is None or variable._value is not obj:
         return None
     return _value_of, (variable,)
+
+
+def dtype_of(name: str) -> Any:
+    """Return a dtype by its name."""
+    return getattr(torch, name)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
