@@ -157,6 +157,10 @@ def complete(filled: Sequence[tuple[Any, Any]], backend: Backend) -> None:
         backend.mend(shell, state)
 
 
+#: Of a millisecond each.
+_TRIES = 1000
+
+
 def view(variable: keras.Variable, backend: Backend, owner: str) -> Array:
     """View a variable's value, which another thread may be training.
 
@@ -166,7 +170,7 @@ def view(variable: keras.Variable, backend: Backend, owner: str) -> Array:
         If it is never whole.
     """
     shape = tuple(variable.shape)
-    for _ in range(1000):
+    for _ in range(_TRIES):
         array = backend.view(variable)
         if array is not None and array.shape == shape:
             # JAX keeps 64 bits in 32, torch unsigned numbers in wider ones that have a sign

@@ -260,6 +260,22 @@ def test_a_layer_of_a_script_is_named(tmp_path):
     assert code == "__main__.Squared.call"
 
 
+def test_a_module_that_needs_the_sender_s_backend_is_named(tmp_path, monkeypatch):
+    package = sorted(backends.PACKAGES[ELSEWHERE])[0]
+    source = "import keras\nclass Layer(keras.layers.Layer):\n    def call(self, x): return x\n"
+    (tmp_path / "needs.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    header, frames = relabelled(importlib.import_module("needs").Layer())
+    (tmp_path / "needs.py").write_text(f"import {package}\n{source}")
+    importlib.invalidate_caches()
+    monkeypatch.delitem(sys.modules, "needs")
+    monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
+    said = f"its module 'needs' imports '{package}', and so is bound to the backend '{ELSEWHERE}'"
+    with pytest.raises(DecodeError, match=said) as info:
+        deserialize_keras(header, frames)
+    assert "\n" not in str(info.value)
+
+
 @pytest.mark.parametrize("bound", [7, ["x"], [["a", "b", "c"]]], ids=str)
 def test_what_is_bound_may_be_malformed(bound):
     header, frames = relabelled(keras.Sequential([keras.Input((4,)), zoo.Scale(abs)]))

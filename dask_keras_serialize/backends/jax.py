@@ -10,6 +10,7 @@ then gives the trainer's, and threads that evaluate or predict with one model ta
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import threading
 import time
@@ -25,6 +26,8 @@ from jax._src.array import ArrayImpl
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from dask_keras_serialize.backends import Array
+
+logger = logging.getLogger(__name__)
 
 
 def view(variable: Any) -> Array | None:
@@ -173,6 +176,8 @@ def _in_turn(original: Any) -> Any:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         turn = _TURNS.setdefault(self, threading.RLock())
         mine = turn.acquire(timeout=_PATIENCE)
+        if not mine:
+            logger.warning("%s runs in two threads, each for over %.0f s", self.name, _PATIENCE)
         try:
             return run(self, *args, **kwargs)
         finally:
@@ -243,12 +248,16 @@ def _held(variable: Any) -> Any:
     return state[held.kind][held.place] if held.kind in state else held.first()
 
 
+#: Of a millisecond each: for as long as a step may have given a value away.
+_TRIES = 1000
+
+
 def _reading(original: property) -> property:
     """Wrap ``Variable.value``."""
 
     def value(self: Any) -> Any:
         if self._value is None and id(self) in _HELD and not in_stateless_scope():
-            for _ in range(1000):  # a second at most, while a step has it
+            for _ in range(_TRIES):
                 view = _view_of(_held(self))
                 if view is not None:  # as an array of its own: the trainer's is given away
                     return self._maybe_autocast(tensor(view))

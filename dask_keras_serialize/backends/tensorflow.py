@@ -98,9 +98,9 @@ def tensor(array: Array) -> tf.Tensor:
     ``tf.constant`` copies twice (``tensorflow/python/framework/constant_op.py``,
     ``convert_to_eager_tensor``), as it still does here for float8, which has no bitcast.
     """
-    behind = _tensor_behind(array)
-    if behind is not None:
-        return behind
+    shared = _tensor_behind(array)
+    if shared is not None:
+        return shared
     if "float8" in array.dtype.name or array.dtype == object:  # strings
         return tf.constant(array)
     if not array.flags.writeable or array.ctypes.data % ALIGNMENT or not array.flags.c_contiguous:

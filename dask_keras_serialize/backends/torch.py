@@ -61,7 +61,7 @@ def view(variable: Any) -> Array:
 
 def _own_view(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor that nobody writes to, of the same content, contiguous, on the host."""
-    with _WRITING:  # or an update under way in another thread would show, or half of it
+    with _WRITES:  # or an update under way in another thread would show, or half of it
         if LAZY and tensor.device.type == "cpu" and tensor.is_contiguous():
             try:
                 return tensor._lazy_clone()
@@ -71,7 +71,7 @@ def _own_view(tensor: torch.Tensor) -> torch.Tensor:
 
 
 #: Held by who writes to variables, and who takes a view of one.
-_WRITING = threading.RLock()
+_WRITES = threading.RLock()
 
 
 def placement(variable: Any) -> list[int] | None:
@@ -121,18 +121,18 @@ def slots() -> Iterator[tuple[Any, str, Any]]:
     """Yield what of Keras's writes to variables, taking turns with views."""
     for base, name in ((keras.Optimizer, "apply"), (keras.Variable, "assign")):
         cls = next(cls for cls in base.__mro__ if name in vars(cls))
-        yield cls, name, _in_turn(vars(cls)[name])
+        yield cls, name, _writing(vars(cls)[name])
     # whose forward writes to buffers, such as the averages of BatchNorm
     wrapper = keras.layers.TorchModuleWrapper
-    yield wrapper, "call", _in_turn(vars(wrapper)["call"], unless="training")
+    yield wrapper, "call", _writing(vars(wrapper)["call"], unless="training")
 
 
-def _in_turn(original: Any, unless: str = "") -> Any:
+def _writing(original: Any, unless: str = "") -> Any:
     """Wrap a method that writes, unless an argument is False."""
 
     @functools.wraps(original)
     def method(*args: Any, **kwargs: Any) -> Any:
-        with _WRITING if kwargs.get(unless) is not False else contextlib.nullcontext():
+        with _WRITES if kwargs.get(unless) is not False else contextlib.nullcontext():
             return original(*args, **kwargs)
 
     return method
@@ -179,9 +179,9 @@ def tensor(array: Array) -> torch.Tensor:
     Copies: none of a writeable array, and none of a view of a tensor of this process, until
     one of the two is written to; else one.
     """
-    behind = _tensor_behind(array)
-    if behind is not None:
-        return behind
+    shared = _tensor_behind(array)
+    if shared is not None:
+        return shared
     if not array.flags.writeable:
         array = array.copy()  # training would write to what is read-only
     if array.dtype in _DTYPES:
