@@ -234,7 +234,8 @@ def test_a_model_in_training_is_sent_whole(name):
     thread.start()
     steps = []
     try:
-        for _ in range(60):
+        # tracing may take longer than sixty sends
+        while len(steps) < 60 or steps[0] == steps[-1]:
             header, parts = encode(model)
             replica = decode(Header.from_wire(header.to_wire()), parts)
             steps.append(int(replica.optimizer.iterations))
@@ -243,7 +244,6 @@ def test_a_model_in_training_is_sent_whole(name):
         done.set()
         thread.join()
     assert steps == sorted(steps)
-    assert steps[0] < steps[-1], "nothing was trained meanwhile"
 
 
 @pytest.mark.parametrize("name", ["trained", "trained subclassed"])
