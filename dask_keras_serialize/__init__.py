@@ -10,6 +10,7 @@ from dask_keras_serialize.errors import (
     EncodeError,
     KerasSerializeError,
     MissingPackageError,
+    PlacementError,
 )
 from dask_keras_serialize.header import package_version
 from dask_keras_serialize.packed import PackedObject, Parcel
@@ -29,6 +30,8 @@ __all__ = [
     "MissingPackageError",
     "PackedObject",
     "Parcel",
+    "PlaceKeras",
+    "PlacementError",
     "RegisterKeras",
     "inspect",
     "pack",
@@ -44,6 +47,10 @@ def __getattr__(name: str) -> object:
         from dask_keras_serialize.plugin import RegisterKeras
 
         return RegisterKeras
+    if name == "PlaceKeras":
+        from dask_keras_serialize.placement import PlaceKeras
+
+        return PlaceKeras
     if name == "inspect":
         from dask_keras_serialize.inside import inspect
 

@@ -31,6 +31,10 @@ class DecodeError(KerasSerializeError, ValueError):
     """Bytes cannot be turned back into the model they came from."""
 
 
+class PlacementError(KerasSerializeError, RuntimeError):
+    """A worker cannot be limited as asked."""
+
+
 class MissingPackageError(KerasSerializeError, RuntimeError):
     """A worker of the cluster lacks this package."""
 

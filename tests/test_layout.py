@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "dask_keras_serialize"
 #: Modules from the top of the house down: each imports only what stands below it.
 FLOORS = [
     {"__init__"},
-    {"plugin", "cli"},
+    {"plugin", "placement", "cli"},
     {"registration"},
     {"cluster", "handlers"},
     {"pickling", "inside"},
@@ -24,6 +24,8 @@ FLOORS = [
     {"binding"},
     {"private", "likeness", "parts", "blame", "aside"},
     {"backends.tensorflow", "backends.jax", "backends.torch"},
+    {"devices.tensorflow", "devices.jax", "devices.torch"},
+    {"devices"},
     {"backends"},
     {"header", "strings"},
     {"fingerprints"},
@@ -76,8 +78,9 @@ def test_keras_and_distributed_stay_where_they_belong():
         if FLOOR[name] < FLOOR["pickling"] or name in WITHOUT_KERAS:
             assert not top & {"keras", "tensorflow", "jax", "torch"}, name
         anywhere = {target.partition(".")[0] for target in imported(tree)}
-        assert "distributed" not in anywhere or name == "plugin", name
-        assert not anywhere & {"tensorflow", "jax", "torch"} or name.startswith("backends."), name
+        assert "distributed" not in anywhere or name in ("plugin", "placement"), name
+        named = name.startswith(("backends.", "devices."))
+        assert not anywhere & {"tensorflow", "jax", "torch"} or named, name
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -1,6 +1,7 @@
 """Fails, naming the entry, when something private that we touch has moved upstream."""
 
 import inspect
+import threading
 from contextlib import contextmanager
 
 import cloudpickle
@@ -54,6 +55,9 @@ FOUND = {
     "CompileMetrics._flat_metrics": lambda m: m._compile_metrics._flat_metrics,
     "CompileMetrics._flat_weighted_metrics": lambda m: m._compile_metrics._flat_weighted_metrics,
     "Optimizer._trainable_variables": lambda m: m.optimizer._trainable_variables[0],
+    "global_state.GLOBAL_STATE_TRACKER": lambda m: (
+        isinstance(global_state.GLOBAL_STATE_TRACKER, threading.local) or None
+    ),
     "Optimizer._learning_rate": lambda m: m.optimizer._learning_rate,
     "Optimizer._var_key": lambda m: m.optimizer._var_key(m.trainable_variables[0]),
     "Optimizer._trainable_variables_indices": lambda m: m.optimizer._trainable_variables_indices,

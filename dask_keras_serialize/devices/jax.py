@@ -1,0 +1,46 @@
+"""JAX: its clients read the environment once, when they are made: at the first array."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+
+from dask_keras_serialize.devices import Limits, StartedError
+
+
+def started() -> bool:
+    """Say whether the clients are made; False where this JAX does not tell."""
+    try:
+        from jax._src.xla_bridge import backends_are_initialized
+    except ImportError:
+        return False
+    return bool(backends_are_initialized())
+
+
+def settle(limits: Limits) -> None:
+    """Set limits; one pool of threads serves all tasks.
+
+    The names are those of https://docs.jax.dev/en/latest/gpu_memory_allocation.html, and
+    ``NPROC`` of ``xla/pjrt/utils.cc``, ``DefaultThreadPoolSize``.
+    """
+    wanted: dict[str, str] = {}
+    if limits.threads is not None:
+        wanted["NPROC"] = str(limits.threads)
+    if limits.fraction is not None:
+        wanted["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{limits.fraction:.4f}"
+    elif limits.growth:
+        wanted["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    new = {name: value for name, value in wanted.items() if os.environ.get(name) != value}
+    if started():
+        if new or (limits.cpu and gpus()):
+            raise StartedError("JAX has started its devices")
+        return
+    os.environ.update(new)
+    if limits.cpu:
+        jax.config.update("jax_platforms", "cpu")
+
+
+def gpus() -> list[str]:
+    """Return the names of the GPUs in use."""
+    return [str(device) for device in jax.devices() if device.platform != "cpu"]

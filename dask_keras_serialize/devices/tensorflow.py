@@ -1,0 +1,43 @@
+"""TensorFlow: limits are set by ``tf.config``, until its context is made."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from dask_keras_serialize.devices import Limits, StartedError
+
+
+def started() -> bool:
+    """Say whether the context is made: it then refuses another number of threads."""
+    threads = tf.config.threading.get_inter_op_parallelism_threads()
+    try:
+        tf.config.threading.set_inter_op_parallelism_threads(threads + 1)
+    except RuntimeError:
+        return True
+    tf.config.threading.set_inter_op_parallelism_threads(threads)
+    return False
+
+
+def settle(limits: Limits) -> None:
+    """Set limits; one pool of threads serves all tasks."""
+    try:
+        if limits.threads is not None:
+            tf.config.threading.set_intra_op_parallelism_threads(limits.threads)
+            tf.config.threading.set_inter_op_parallelism_threads(limits.threads)
+        gpus = tf.config.list_physical_devices("GPU")
+        if limits.cpu:
+            tf.config.set_visible_devices([], "GPU")
+            return
+        for gpu in gpus:
+            if limits.nbytes is not None:
+                limit = tf.config.LogicalDeviceConfiguration(memory_limit=limits.nbytes >> 20)
+                tf.config.set_logical_device_configuration(gpu, [limit])
+            elif limits.growth:
+                tf.config.experimental.set_memory_growth(gpu, True)
+    except RuntimeError as error:
+        raise StartedError(str(error)) from error
+
+
+def gpus() -> list[str]:
+    """Return the names of the GPUs in use."""
+    return [device.name for device in tf.config.list_logical_devices("GPU")]

@@ -1,0 +1,31 @@
+"""PyTorch: takes a GPU's memory as it is needed, and may be capped at any time."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from dask_keras_serialize.devices import Limits, StartedError
+
+
+def started() -> bool:
+    """Return True: Keras counted the GPUs when it was imported, and chose (``torch/core.py``)."""
+    return True
+
+
+def settle(limits: Limits) -> None:
+    """Set limits; every thread that runs a task has a pool of its own."""
+    if limits.cpu and gpus():
+        raise StartedError("Keras has chosen the GPU")
+    if limits.threads is not None:
+        torch.set_num_threads(max(1, limits.threads // limits.tasks))
+        with contextlib.suppress(RuntimeError):  # in use: there are as many as cores
+            torch.set_num_interop_threads(limits.threads)
+    if limits.fraction is not None and gpus():
+        torch.cuda.set_per_process_memory_fraction(limits.fraction, 0)
+
+
+def gpus() -> list[str]:
+    """Return the names of the GPUs in use."""
+    return [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]

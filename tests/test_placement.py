@@ -1,0 +1,166 @@
+"""How much of a machine workers take: in processes of their own, for each can be placed once."""
+
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from distributed import Client, LocalCluster
+
+from dask_keras_serialize import PlaceKeras, PlacementError, backends
+from tests import zoo
+
+HERE = keras.backend.backend()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"backend": "theano"}, "backend='theano' is none of"),
+        ({"device": -1}, "device=-1 is no number"),
+        ({"device": True}, "device=True is no number"),
+        ({"device": "cuda"}, "device='cuda' is no number"),
+        ({"memory": "much"}, "memory='much' is no number of bytes"),
+        ({"memory": 0.0}, "memory=0.0 is neither"),
+        ({"memory": 1.5}, "memory=1.5 is neither"),
+        ({"memory": 4}, "memory=4 is neither"),
+        ({"device": "cpu", "memory": "growth"}, "memory='growth' is the GPU's"),
+        ({"threads": 0}, "threads=0 is no number"),
+        ({"threads": "all"}, "threads='all' is no number"),
+        ({"policy": 16}, "policy=16 is no name"),
+    ],
+)
+def test_arguments_are_checked_where_they_are_given(arguments, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        PlaceKeras(**arguments)
+
+
+def test_bytes_are_read_as_dask_reads_them():
+    assert PlaceKeras(memory="2 GiB").memory == PlaceKeras(memory=2 << 30).memory == 2 << 30
+    assert PlaceKeras(memory=0.25).memory == 0.25
+
+
+@pytest.fixture
+def client():
+    """A client of two worker processes that have not loaded a backend."""
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=2, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+def threads_in_use():
+    """Let the backend compute; return how many threads it has for that."""
+    import keras
+
+    x = keras.ops.ones((1500, 1500))
+    keras.ops.convert_to_numpy(x @ x)
+    match keras.backend.backend():
+        case "tensorflow":
+            import tensorflow as tf
+
+            return tf.config.threading.get_intra_op_parallelism_threads()
+        case "torch":
+            import torch
+
+            return torch.get_num_threads() * 2  # one pool for each of the worker's threads
+        case "jax":
+            names = Path("/proc/self/task").glob("*/comm")
+            return sum("Eigen" in name.read_text() for name in names)
+
+
+def policies():
+    """Return the default dtype policy on this thread and on another."""
+    import keras
+
+    def name():
+        return keras.config.dtype_policy().name
+
+    with ThreadPoolExecutor(1) as thread:
+        return name(), thread.submit(name).result()
+
+
+@pytest.mark.cluster
+def test_workers_are_placed_before_their_backend_starts(client):
+    plugin = PlaceKeras(backend=HERE, device="cpu", policy="mixed_bfloat16")
+    client.register_plugin(plugin)
+    assert set(client.run(os.getenv, "CUDA_VISIBLE_DEVICES").values()) == {"-1"}
+    for worker in client.scheduler_info()["workers"]:
+        run = {"workers": [worker], "pure": False}
+        assert client.submit(threads_in_use, **run).result() == 2
+        assert client.submit(policies, **run).result() == ("mixed_bfloat16", "mixed_bfloat16")
+    client.register_plugin(plugin)  # the same again
+    model = zoo.build("trained")  # which keeps its own policy
+    far = client.submit(lambda m: (m, m.dtype_policy.name), model).result()
+    assert far[1] == "float32"
+    zoo.assert_same(model, far[0])
+    with pytest.raises(PlacementError, match=r"worker tcp://.*policy='mixed_bfloat16', now None"):
+        client.register_plugin(PlaceKeras(backend=HERE, device="cpu"))
+
+
+@pytest.mark.cluster
+def test_too_late_is_said(client):
+    workers = list(client.scheduler_info()["workers"])
+    client.submit(threads_in_use, workers=workers[:1]).result()
+    if HERE == "torch":  # which can be told at any time
+        client.register_plugin(PlaceKeras(threads=2))
+        assert client.submit(threads_in_use, workers=workers[:1], pure=False).result() == 2
+    else:
+        said = rf"worker {workers[0]} .*has started its devices.*client\.restart"
+        with pytest.raises(PlacementError, match=said) as info:
+            client.register_plugin(PlaceKeras(threads=1))
+        assert "\n" not in str(info.value)
+    # what is so already can be asked for
+    client.submit(np.zeros, 3).result()
+
+
+@pytest.mark.cluster
+def test_what_a_worker_cannot_do_names_it(client):
+    other = next(name for name in backends.NAMES if name != HERE)
+    client.run(policies)  # loads Keras
+    for arguments, said in [
+        ({"device": "gpu"}, "device='gpu' is asked for"),
+        ({"device": 7}, "device=7 is asked for"),
+        ({"memory": "4 GiB"}, "how much memory its GPU has is not known"),
+        ({"policy": "mixed_float3"}, "policy='mixed_float3' is none there"),
+        ({"backend": other}, f"Keras runs on '{HERE}' there, not on '{other}'"),
+    ]:
+        expected = rf"worker tcp://.* \(\d\): .*{re.escape(said)}"
+        with pytest.raises(PlacementError, match=expected) as info:
+            client.register_plugin(PlaceKeras(**arguments, threads=None))
+        assert "\n" not in str(info.value)
+        assert set(client.run(os.getenv, "CUDA_VISIBLE_DEVICES").values()) == {None}
+    client.register_plugin(PlaceKeras(threads=None))
+
+
+PRELOADED = """
+import asyncio, os, sys
+from distributed import Client, LocalCluster, Scheduler, Worker
+async def main():
+    async with Scheduler(dashboard_address=":0") as scheduler:
+        async with Worker(scheduler.address, nthreads=1, preload=["dask_keras_serialize.placement"],
+                          preload_argv=[sys.argv[1:]]) as worker:
+            (plugin,) = [p for n, p in worker.plugins.items() if "placement" in n]
+            print(plugin.device, plugin.threads, plugin.policy, os.environ["CUDA_VISIBLE_DEVICES"])
+asyncio.run(main())
+"""
+
+
+@pytest.mark.cluster
+def test_a_worker_takes_it_from_its_command_line_and_from_the_config():
+    config = {"DASK_DASK_KERAS_SERIALIZE__PLACEMENT": "{'device': 'cpu', 'threads': 1}"}
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PRELOADED, "--policy", "float16", "--threads", "3"],
+        env=os.environ | config,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.split() == ["cpu", "3", "float16", "-1"]
