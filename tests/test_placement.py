@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,9 +10,12 @@ import keras
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster
+from distributed.diagnostics import nvml
 
 from dask_keras_serialize import PlaceKeras, PlacementError, backends
+from dask_keras_serialize.devices import Limits
 from tests import zoo
+from tests.conftest import ROOT, start_cluster
 
 HERE = keras.backend.backend()
 
@@ -43,6 +45,39 @@ def test_arguments_are_checked_where_they_are_given(arguments, said):
 def test_bytes_are_read_as_dask_reads_them():
     assert PlaceKeras(memory="2 GiB").memory == PlaceKeras(memory=2 << 30).memory == 2 << 30
     assert PlaceKeras(memory=0.25).memory == 0.25
+
+
+@pytest.mark.parametrize(
+    ("device", "now", "then"),
+    [
+        (None, None, None),
+        (None, "3,5", "3,5"),
+        ("gpu", "3,5", "3"),
+        (1, "3,5", "5"),
+        (0, "GPU-1f,GPU-2f", "GPU-1f"),
+        ("cpu", "3,5", "-1"),
+        (2, None, "2"),
+    ],
+)
+def test_a_device_is_counted_among_those_that_the_worker_sees(device, now, then, monkeypatch):
+    monkeypatch.setattr(nvml, "device_get_count", lambda: 4)
+    assert PlaceKeras(device=device)._visible(now) == then
+
+
+@pytest.mark.parametrize(("device", "now"), [(2, "3,5"), (4, None), ("gpu", ""), (0, "-1")])
+def test_a_device_that_is_not_there(device, now, monkeypatch):
+    monkeypatch.setattr(nvml, "device_get_count", lambda: 4)
+    with pytest.raises(PlacementError, match=f"device={device!r} is asked for, and . GPUs are"):
+        PlaceKeras(device=device)._visible(now)
+
+
+def test_memory_is_bytes_and_a_part_of_the_card(monkeypatch):
+    monkeypatch.setattr(nvml, "one_time", lambda: {"memory-total": 8 << 30, "name": "card"})
+    for memory in ("4 GiB", 0.5):
+        limits = PlaceKeras(memory=memory)._limits(3)
+        assert limits == Limits(nbytes=4 << 30, fraction=0.5, threads=3, tasks=3)
+    with pytest.raises(PlacementError, match=f"is more than its GPU's {8 << 30}"):
+        PlaceKeras(memory="9 GiB")._limits(1)
 
 
 @pytest.fixture
@@ -139,28 +174,27 @@ def test_what_a_worker_cannot_do_names_it(client):
     client.register_plugin(PlaceKeras(threads=None))
 
 
-PRELOADED = """
-import asyncio, os, sys
-from distributed import Client, LocalCluster, Scheduler, Worker
-async def main():
-    async with Scheduler(dashboard_address=":0") as scheduler:
-        async with Worker(scheduler.address, nthreads=1, preload=["dask_keras_serialize.placement"],
-                          preload_argv=[sys.argv[1:]]) as worker:
-            (plugin,) = [p for n, p in worker.plugins.items() if "placement" in n]
-            print(plugin.device, plugin.threads, plugin.policy, os.environ["CUDA_VISIBLE_DEVICES"])
-asyncio.run(main())
-"""
+def placed(dask_worker):
+    import keras
+
+    (plugin,) = (each for name, each in dask_worker.plugins.items() if "placement" in name)
+    visible = os.getenv("CUDA_VISIBLE_DEVICES")
+    return plugin.device, plugin.threads, keras.config.dtype_policy().name, visible
 
 
 @pytest.mark.cluster
-def test_a_worker_takes_it_from_its_command_line_and_from_the_config():
-    config = {"DASK_DASK_KERAS_SERIALIZE__PLACEMENT": "{'device': 'cpu', 'threads': 1}"}
-    ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PRELOADED, "--policy", "float16", "--threads", "3"],
-        env=os.environ | config,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    assert ran.stdout.split() == ["cpu", "3", "float16", "-1"]
+def test_a_worker_takes_it_from_its_command_line_and_from_the_config(processes, tmp_path):
+    bin_ = Path(sys.executable).parent
+    address = start_cluster(processes, bin_, bin_, tmp_path, [])
+    processes.start(
+        bin_ / "dask", "worker", address, "--nthreads", "2", "--no-dashboard",
+        "--local-directory", tmp_path, "--preload", "dask_keras_serialize.placement",
+        "--policy", "float16", "--threads", "3",
+        env={
+            "DASK_DASK_KERAS_SERIALIZE__PLACEMENT": "{'device': 'cpu', 'threads': 1}",
+            "PYTHONPATH": str(ROOT),
+        },
+    )  # fmt: skip
+    with Client(address) as client:
+        client.wait_for_workers(1, timeout=60)
+        assert list(client.run(placed).values()) == [("cpu", 3, "float16", "-1")]
