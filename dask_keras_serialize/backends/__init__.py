@@ -27,8 +27,9 @@
     Does for an object that came by value from another backend what this one does as
     attributes are set.
 
-Nothing else in the package knows a backend, but that :data:`PACKAGES` and :data:`ADDED` name
-what is each one's, for those who do not have it.
+Nothing else in the package knows a backend, but for ``translation``, which says what :data:`COMMON`
+is here; :mod:`dask_keras_serialize.devices` has the same of processes. :data:`PACKAGES` and
+:data:`ADDED` name what is each one's, for those who do not have it.
 """
 
 from __future__ import annotations
