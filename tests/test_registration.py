@@ -4,10 +4,10 @@ import itertools
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import dask.sizeof
 import keras
-import pytest
 from distributed import Client, protocol
 from distributed.protocol.serialize import dask_deserialize, dask_serialize, families
 
@@ -51,23 +51,28 @@ def run(code, **env):
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "order",
-    list(itertools.permutations(["import keras", "import distributed", "import dask"]))
-    + list(itertools.permutations(["import keras", "import dask_keras_serialize"])),
-    ids=" ; ".join,
-)
-def test_every_import_order(order):
-    run("\n".join(order) + OURS)
+def run_all(codes, **env):
+    """Run programs, two at a time: to import a backend takes each some seconds."""
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda code: run(code, **env), codes))
+
+
+ORDERS = [
+    *itertools.permutations(["import keras", "import distributed", "import dask"]),
+    *itertools.permutations(["import keras", "import dask_keras_serialize"]),
+]
+
+
+def test_every_import_order():
+    run_all(["\n".join(order) + OURS for order in ORDERS])
 
 
 OFF = {"DASK_DASK_KERAS_SERIALIZE__REGISTER": "False"}
 
 
 def test_a_config_key_turns_it_off_and_an_import_on():
-    run("import distributed" + STALE, **OFF)
-    run("import dask, dask_keras_serialize" + OURS, **OFF)
-    run("import dask_keras_serialize, dask" + OURS, **OFF)
+    on = ("import dask, dask_keras_serialize", "import dask_keras_serialize, dask")
+    run_all(["import distributed" + STALE, *(imports + OURS for imports in on)], **OFF)
     run("import dask" + STALE + "import dask_keras_serialize" + OURS, **OFF)
 
 
