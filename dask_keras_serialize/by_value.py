@@ -275,10 +275,7 @@ class _Dump:
             self.new_pickler(io.BytesIO(), []).dump(value)
         except Exception as error:
             return error
-        if not isinstance(value, private.TRACKED):
-            return None
-        items = (*value, *value.values()) if isinstance(value, dict) else value
-        return next(filter(None, map(self.error_of, items)), None)
+        return next(filter(None, map(self.error_of, private.watched_items(value))), None)
 
 
 class _Load:

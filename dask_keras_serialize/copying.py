@@ -198,10 +198,7 @@ class _Copying:
             copy.deepcopy(value, apart)
         except Exception as error:  # as above
             return error
-        if not isinstance(value, private.TRACKED):
-            return None
-        items = (*value, *value.values()) if isinstance(value, dict) else value
-        return next(filter(None, map(self._error_of, items)), None)
+        return next(filter(None, map(self._error_of, private.watched_items(value))), None)
 
 
 def _reconstruct(obj: Any, memo: dict[Any, Any] | None, reduced: Any = None) -> Any:

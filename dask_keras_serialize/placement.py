@@ -105,7 +105,7 @@ class PlaceKeras(WorkerPlugin):  # type: ignore[misc]
     def _place(self, nthreads: int) -> None:
         global _placed
         with _LOCK:
-            mine = vars(self) | {"threads": nthreads if self.threads == "worker" else self.threads}
+            mine = vars(self) | {"threads": self._cores(nthreads)}
             if _placed is None:
                 before = os.environ.get(_VISIBLE)
                 try:
@@ -168,6 +168,9 @@ class PlaceKeras(WorkerPlugin):  # type: ignore[misc]
                     "in every task, by keras.config.set_dtype_policy()"
                 )
 
+    def _cores(self, nthreads: int) -> int | None:
+        return nthreads if self.threads == "worker" else self.threads
+
     def _visible(self, now: str | None) -> str | None:
         """Return what CUDA_VISIBLE_DEVICES has to be; None for all GPUs."""
         if self.device == "cpu":
@@ -203,7 +206,7 @@ class PlaceKeras(WorkerPlugin):  # type: ignore[misc]
             growth=self.memory == "growth",
             nbytes=nbytes,
             fraction=fraction,
-            threads=nthreads if self.threads == "worker" else self.threads,
+            threads=self._cores(nthreads),
             tasks=nthreads,
         )
 
@@ -244,8 +247,10 @@ def _is_number(value: Any, kind: type) -> bool:
 
 def _memory(memory: Any) -> str | int | float | None:
     """Return what stands for a limit: "growth", bytes as int, a part of the card as float."""
-    if memory is None or memory == "growth":
-        return memory  # type: ignore[no-any-return]
+    if memory is None:
+        return None
+    if memory == "growth":
+        return "growth"
     if isinstance(memory, str):
         try:
             memory = int(parse_bytes(memory))

@@ -249,6 +249,13 @@ def own(layer: keras.Layer) -> list[keras.Variable]:
     return [*layer._trainable_variables, *layer._non_trainable_variables, *seeds]
 
 
+def watched_items(container: Any) -> list[Any]:
+    """Return what is in one of Keras's containers, keys too; nothing of anything else."""
+    if not isinstance(container, TRACKED):
+        return []
+    return [*container, *container.values()] if isinstance(container, dict) else [*container]
+
+
 def compile_arguments(model: keras.Model) -> dict[str, Any]:
     """Return the arguments ``compile`` was called with, as objects."""
     arguments: dict[str, Any] = model._compile_config.config
@@ -327,7 +334,7 @@ def set_policy_everywhere(policy: keras.DTypePolicy) -> bool:
     -----
     ``keras.utils.clear_session()`` forgets it, as any other.
     """
-    state = import_module("keras.src.backend.common.global_state")
+    state: Any = import_module("keras.src.backend.common.global_state")
     tracker = getattr(state, "GLOBAL_STATE_TRACKER", None)
     if not isinstance(tracker, threading.local):
         return False
@@ -338,5 +345,5 @@ def set_policy_everywhere(policy: keras.DTypePolicy) -> bool:
     everywhere = Everywhere()
     vars(everywhere).update(vars(tracker))
     vars(everywhere).pop("dtype_policy", None)
-    state.GLOBAL_STATE_TRACKER = everywhere  # type: ignore[attr-defined]
+    state.GLOBAL_STATE_TRACKER = everywhere
     return keras.config.dtype_policy() is policy
