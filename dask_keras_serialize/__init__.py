@@ -6,6 +6,7 @@ where the config turned that off. Loads neither Keras nor a backend.
 """
 
 from dask_keras_serialize.errors import (
+    BusyError,
     DecodeError,
     EncodeError,
     KerasSerializeError,
@@ -24,6 +25,7 @@ from dask_keras_serialize.registration import (
 __version__ = package_version()
 
 __all__ = [
+    "BusyError",
     "DecodeError",
     "EncodeError",
     "KerasSerializeError",

@@ -7,6 +7,7 @@ seed generator, and counts up names. Sending or receiving a model must change ne
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 from collections.abc import Iterator
@@ -14,8 +15,14 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
+from dask_keras_serialize.errors import BusyError
+
 #: Held while Keras's source of random numbers is ours, which is for all of a rebuild.
 LOCK = threading.RLock()
+
+#: Seconds that a thread waits for it, and an event loop, without which whoever holds the lock may
+#: be unable to go on: what is rebuilt is anybody's code, and may ask a cluster for something.
+PATIENCE, PATIENCE_OF_A_LOOP = 600.0, 30.0
 
 
 @contextmanager
@@ -43,7 +50,7 @@ def own_random() -> Iterator[None]:
     Python's global state is left alone, for this thread and for others. One thread at a
     time: two that put back what they found in turn would leave one's numbers in place.
     """
-    with LOCK:
+    with _locked():
         try:
             seed_generator: Any = import_module("keras.src.random.seed_generator")
             original = seed_generator.python_random
@@ -55,6 +62,25 @@ def own_random() -> Iterator[None]:
             yield
         finally:
             seed_generator.python_random = original
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    """Hold the lock; BusyError if who holds it never gives it back."""
+    try:
+        asyncio.get_running_loop()
+        patience = PATIENCE_OF_A_LOOP
+    except RuntimeError:
+        patience = PATIENCE
+    if not LOCK.acquire(timeout=patience):
+        raise BusyError(
+            f"another thread of this process has been rebuilding a Keras object for {patience:.0f} "
+            "s: if its code asks the cluster for something as it is rebuilt, let it do that later"
+        )
+    try:
+        yield
+    finally:
+        LOCK.release()
 
 
 class _Draws:

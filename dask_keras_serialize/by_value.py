@@ -20,6 +20,7 @@ pickle are named there, not sent again; see ``parts``.
 from __future__ import annotations
 
 import copyreg
+import functools
 import io
 import pickle
 import types
@@ -336,7 +337,7 @@ class _Load:
         if row is not None:
             self.rows.append(row)
             check_fits(shell, row, self.values.header)
-            self.values.backend.initialize(shell, self.values.tensor(row))
+            self.values.place(row, functools.partial(self.values.backend.initialize, shell))
 
 
 def _with_writeable(array: Array, flag: bool) -> Array:

@@ -74,10 +74,10 @@ def _with_models_as_tasks(original: Callable[..., Any]) -> Callable[..., Any]:
             return self.submit(_identity, value, key=f"keras-model-{token}", **placed)
 
         for name, value in kwargs.items():
-            if name not in own and _holds_keras(value):
+            if name not in own and holds_keras(value):
                 kwargs[name] = task(value)
         model = getattr(func, "__self__", None)
-        if _holds_keras(model):  # its method, which would carry it into every task
+        if holds_keras(model):  # its method, which would carry it into every task
             kwargs.setdefault("key", func.__name__)
             kwargs |= {"__model": task(model), "__method": func.__name__}
             func = _call_method
@@ -89,7 +89,7 @@ def _with_models_as_tasks(original: Callable[..., Any]) -> Callable[..., Any]:
 def _with_check(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _holds_keras(list(args)) or _holds_keras(kwargs):
+        if holds_keras(list(args)) or holds_keras(kwargs):
             _require_package(self)
         try:
             return original(self, *args, **kwargs)
@@ -155,7 +155,7 @@ def or_keras(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
     @functools.wraps(original)
     def always_use_pickle_for(value: Any) -> bool:
-        return original(value) or _holds_keras(value, 0)
+        return original(value) or holds_keras(value, 0)
 
     return always_use_pickle_for
 
@@ -166,13 +166,13 @@ def _may_share(value: Any) -> bool:
         return False
     items = list(value.values() if type(value) is dict else value)
     beside = [item for item in items if type(item) not in _PLAIN]
-    return len(beside) > 1 and any(_holds_keras(item, 2) for item in beside)
+    return len(beside) > 1 and any(holds_keras(item, 2) for item in beside)
 
 
 _PLAIN = frozenset({str, bytes, int, float, bool, complex, type(None), np.ndarray})
 
 
-def _holds_keras(value: Any, depth: int = 3) -> bool:
+def holds_keras(value: Any, depth: int = 3) -> bool:
     """Say whether a value is Keras's, or a plain container with such among its first."""
     if sys.modules.get("keras") is None:
         return False
@@ -186,7 +186,7 @@ def _holds_keras(value: Any, depth: int = 3) -> bool:
     elif type(value) in (list, tuple, set):
         items = value
     # the first few: scattering a million numbers should not wait for us
-    return depth > 0 and any(_holds_keras(item, depth - 1) for item in islice(items, 32))
+    return depth > 0 and any(holds_keras(item, depth - 1) for item in islice(items, 32))
 
 
 def announce(worker: Any) -> None:

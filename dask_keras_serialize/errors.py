@@ -31,6 +31,10 @@ class DecodeError(KerasSerializeError, ValueError):
     """Bytes cannot be turned back into the model they came from."""
 
 
+class BusyError(EncodeError, DecodeError):
+    """Neither can begin: another thread does not finish."""
+
+
 class PlacementError(KerasSerializeError, RuntimeError):
     """A worker cannot be limited as asked."""
 

@@ -23,6 +23,7 @@ from dask_keras_serialize import (
     by_value,
     fingerprints,
     frames,
+    meters,
     private,
     states,
     strings,
@@ -86,6 +87,7 @@ def encode(obj: Any, *, for_token: bool = False) -> tuple[Header, list[Frame]]:
     return encoded.header, encoded.frames
 
 
+@meters.meter(meters.PACK)
 def encode_parts(
     obj: Any,
     links: Mapping[int, tuple[Any, Key | None]] = MappingProxyType({}),
@@ -155,6 +157,8 @@ def encode_parts(
         body=body,
         variables=entries,
     )
+    if not for_token:
+        meters.count(meters.PACK, sum(frame.nbytes for frame in packed), "bytes")
     return Encoded(header.with_frames(packed), packed, parts, used)
 
 
@@ -190,6 +194,7 @@ def decode(header: Header, buffers: Sequence[object], *, keep: bool = False) -> 
     return decode_parts(header, frames.as_frames(buffers, header.owner, keep=keep)).root
 
 
+@meters.meter(meters.REBUILD)
 def decode_parts(header: Header, parts: Sequence[Frame], links: Sequence[Rebuilt] = ()) -> Rebuilt:
     """Do as :func:`decode`, for an object that was pickled together with others.
 
@@ -221,9 +226,14 @@ def decode_parts(header: Header, parts: Sequence[Frame], links: Sequence[Rebuilt
     extras: list[backends.Array] = [
         frames.unpack(parts, location, header.owner) for location in locations
     ]
+    meters.count(meters.REBUILD, sum(header.frame_sizes), "bytes")
     if header.encoding == "config":
-        return by_config.load(header.body, values, extras)
-    return by_value.load(header.body, values, extras, links)
+        rebuilt = by_config.load(header.body, values, extras)
+    else:
+        rebuilt = by_value.load(header.body, values, extras, links)
+    meters.count(meters.PLACE, values.placed_seconds, "seconds")
+    meters.count(meters.PLACE, values.placed_bytes, "bytes")
+    return rebuilt
 
 
 def nbytes(obj: Any) -> int:

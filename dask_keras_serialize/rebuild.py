@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import math
 import threading
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,8 @@ class Values:
 
     def __init__(self, header: Header, frames: Sequence[Frame]) -> None:
         self.header = header
+        #: What :meth:`place` has put into variables, and how long that took.
+        self.placed_bytes, self.placed_seconds = 0, 0.0
         self._frames = frames
         self.backend = backends.current()[1]
         try:
@@ -86,6 +89,13 @@ class Values:
                 f"{self.header.owner}: variable {entry.path!r} cannot be placed as {placement} "
                 f"({error!r}); send it again"
             ) from None
+
+    def place(self, index: int, put: Callable[[Any], Any]) -> None:
+        """Hand the tensor of variable ``index`` to what puts it into a variable."""
+        start = time.perf_counter()
+        put(self.tensor(index))
+        self.placed_seconds += time.perf_counter() - start
+        self.placed_bytes += self.header.variables[index].location.nbytes
 
 
 @contextmanager
@@ -137,7 +147,7 @@ def values_at_creation(values: Values) -> Iterator[Given]:
             queue = waiting.get((_hint(variable.path), tuple(variable._shape), variable.dtype))
             if queue:
                 index = queue.popleft()
-                variable._initialize(values.tensor(index))
+                values.place(index, variable._initialize)
                 # optimizers name their slots after it
                 variable._path = values.header.variables[index].path
                 given[id(variable)] = index, variable
@@ -177,7 +187,7 @@ def assign_rest(variables: Sequence[keras.Variable], given: Given, values: Value
     for index, (variable, entry) in enumerate(zip(variables, table, strict=True)):
         check_fits(variable, index, values.header)
         if given.get(id(variable), (None, None))[0] != index:
-            variable.assign(values.tensor(index))
+            values.place(index, variable.assign)
             variable._path = entry.path
         if variable.trainable != entry.trainable:
             variable.trainable = entry.trainable

@@ -27,6 +27,9 @@ What is taken, and what of it is private (each has a test that fails when it mov
   the buffers that comms receive into. Ours are the same, but aligned, so that backends
   use them in place (:func:`dask_keras_serialize.frames.host_array`). Where it is not
   found nothing is taken, and what arrives is copied once.
+- ``from_frames`` and ``to_frames`` of ``distributed.comm.tcp`` and ``ws``: messages with Keras's
+  objects in them are taken apart and put together on threads of their own, see
+  :mod:`dask_keras_serialize.offload`. Where they are not found, small ones hold the event loop.
 - ``Client.map``: a model among its keyword arguments becomes a task of its own, so
   that it goes to each worker once. distributed 2026.8 does that for arguments over
   100 kB, but gives the task no priority, so that the scheduler raises
@@ -55,6 +58,7 @@ import wrapt
 from dask_keras_serialize.cluster import (
     announce,
     explain_error,
+    holds_keras,
     or_keras,
     serialize_together,
     wrap_client,
@@ -68,6 +72,7 @@ from dask_keras_serialize.handlers import (
     tokenize_keras,
 )
 from dask_keras_serialize.header import FORMAT
+from dask_keras_serialize.offload import reading, writing
 
 #: Whether the slots are ours; None until somebody says.
 _registered: bool | None = None
@@ -214,6 +219,16 @@ def _take_serializers(protocol: Any) -> None:
             _before[name] = functools.partial(family, original)
 
 
+def _take_tcp(tcp: Any) -> None:
+    _take_buffers(tcp)
+    _take_messages(tcp)
+
+
+def _take_messages(comm: Any) -> None:
+    _wrap(f"{comm.__name__} in", comm, "from_frames", reading)
+    _wrap(f"{comm.__name__} out", comm, "to_frames", writing(holds_keras))
+
+
 def _take_buffers(tcp: Any) -> None:
     if "buffers" in _before:
         return
@@ -282,7 +297,8 @@ _TAKERS: dict[str, Callable[[Any], None]] = {
     "distributed.protocol": _take_serializers,
     "distributed.protocol.serialize": _take_collections,
     "distributed.protocol.pickle": _take_pickler,
-    "distributed.comm.tcp": _take_buffers,
+    "distributed.comm.tcp": _take_tcp,
+    "distributed.comm.ws": _take_messages,
     "distributed.client": _take_client,
     "keras": _take_keras,
     "scikeras": _take_scikeras,
