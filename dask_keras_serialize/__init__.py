@@ -35,6 +35,7 @@ __all__ = [
     "PlaceKeras",
     "PlacementError",
     "RegisterKeras",
+    "WarmKeras",
     "inspect",
     "pack",
     "register",
@@ -53,6 +54,10 @@ def __getattr__(name: str) -> object:
         from dask_keras_serialize.placement import PlaceKeras
 
         return PlaceKeras
+    if name == "WarmKeras":
+        from dask_keras_serialize.warmup import WarmKeras
+
+        return WarmKeras
     if name == "inspect":
         from dask_keras_serialize.inside import inspect
 

@@ -9,6 +9,7 @@ its arguments from the command line and from Dask's config, ``dask-keras-seriali
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import sys
 import threading
@@ -35,9 +36,10 @@ class PlaceKeras(WorkerPlugin):  # type: ignore[misc]
     ----------
     backend : {"tensorflow", "jax", "torch"}, optional
         That Keras has to run on there; chosen where Keras is not loaded yet.
-    device : int, "gpu" or "cpu", optional
+    device : int, "gpu", "cpu" or dict, optional
         Which of the GPUs in ``CUDA_VISIBLE_DEVICES``, as dask-cuda sets it for each worker, by its
-        place there; the first; or none at all.
+        place there; the first; or none at all. Or one for each worker's name: ``{0: 0, 1: 1}`` for
+        a LocalCluster of two.
     memory : "growth", int, str or float, optional
         Of the GPU: taken as it is needed; or at most that many bytes (``"4 GiB"``), or that part
         of the card's (``0.25``). TensorFlow and JAX take a limit at once, torch as it is needed.
@@ -53,8 +55,10 @@ class PlaceKeras(WorkerPlugin):  # type: ignore[misc]
     ValueError
         If an argument makes no sense anywhere.
     PlacementError
-        By ``client.register_plugin``: names the worker that cannot do so, and why. A worker that
-        joins later and cannot does not start.
+        By ``client.register_plugin``: names the worker that cannot do so, and why. The scheduler
+        keeps the plugin all the same, until it is given another or
+        ``client.unregister_worker_plugin(PlaceKeras.name)``: a worker that joins later, or is
+        restarted, and cannot does not start.
 
     Examples
     --------
@@ -68,15 +72,16 @@ class PlaceKeras(WorkerPlugin):  # type: ignore[misc]
         self,
         *,
         backend: str | None = None,
-        device: int | str | None = None,
+        device: int | str | dict[Any, int | str | None] | None = None,
         memory: str | float | None = None,
         threads: int | Literal["worker"] | None = "worker",
         policy: str | None = None,
     ) -> None:
         if backend is not None and backend not in NAMES:
             raise ValueError(f"backend={backend!r} is none of {', '.join(NAMES)}")
-        if not (device in (None, "gpu", "cpu") or (_is_number(device, int) and int(device) >= 0)):
-            raise ValueError(f"device={device!r} is no number of a GPU from 0, 'gpu' or 'cpu'")
+        for each in device.values() if isinstance(device, dict) else [device]:
+            if not (each in (None, "gpu", "cpu") or (_is_number(each, int) and int(each) >= 0)):
+                raise ValueError(f"device={each!r} is no number of a GPU from 0, 'gpu' or 'cpu'")
         if device == "cpu" and memory is not None:
             raise ValueError(f"memory={memory!r} is the GPU's, and device='cpu' forbids it")
         if not (threads in (None, "worker") or (_is_number(threads, int) and int(threads) > 0)):
@@ -84,7 +89,7 @@ class PlaceKeras(WorkerPlugin):  # type: ignore[misc]
         if policy is not None and not isinstance(policy, str):
             raise ValueError(f"policy={policy!r} is no name of a dtype policy")
         self.backend = backend
-        self.device = device
+        self.device: Any = device
         self.memory = _memory(memory)
         self.threads = threads
         self.policy = policy
@@ -98,9 +103,20 @@ class PlaceKeras(WorkerPlugin):  # type: ignore[misc]
             If it cannot be done there, or any more.
         """
         try:
-            await asyncio.to_thread(self._place, worker.state.nthreads)
+            await asyncio.to_thread(self._for(worker.name)._place, worker.state.nthreads)
         except PlacementError as error:
             raise PlacementError(f"worker {worker.address} ({worker.name!r}): {error}") from None
+
+    def _for(self, name: Any) -> PlaceKeras:
+        """Return what is asked of the worker of a name."""
+        mine = copy.copy(self)
+        if isinstance(self.device, dict):
+            named = {str(each): device for each, device in self.device.items()}
+            if str(name) not in named:
+                raise PlacementError(f"device={self.device} says nothing of a worker of this name")
+            mine.device = named[str(name)]
+            mine.memory = None if mine.device == "cpu" else self.memory
+        return mine
 
     def _place(self, nthreads: int) -> None:
         global _placed

@@ -16,7 +16,8 @@ from tests.conftest import ROOT, Processes
 
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES = COMPOSE["services"]
-WORKERS = ["worker-1", "worker-2", "gpu-worker"]
+GPU_WORKERS = ["gpu-worker-1", "gpu-worker-2"]
+WORKERS = ["worker-1", "worker-2", *GPU_WORKERS]
 DAEMONS = ["scheduler", *WORKERS]
 BACKENDS = re.compile("keras|tensorflow|jax|torch", re.IGNORECASE)
 
@@ -30,13 +31,14 @@ def option(service, name):
     return command[command.index(name) + 1]
 
 
-def test_services_are_the_cluster_and_the_demo():
-    assert sorted(SERVICES) == sorted([*DAEMONS, "demo"])
+def test_services_are_the_cluster_the_demo_and_the_doctor():
+    assert sorted(SERVICES) == sorted([*DAEMONS, "demo", "doctor"])
 
 
-def test_only_the_gpu_worker_waits_for_a_profile():
+def test_only_gpu_workers_and_the_doctor_wait_for_a_profile():
     profiles = {name: service.get("profiles", []) for name, service in SERVICES.items()}
-    assert profiles.pop("gpu-worker") == ["gpu"]
+    assert [profiles.pop(name) for name in GPU_WORKERS] == [["gpu"]] * 2
+    assert profiles.pop("doctor") == ["doctor"]
     assert not any(profiles.values())
 
 
@@ -82,8 +84,11 @@ def test_images_are_built_of_what_the_package_offers(service):
 def test_backends_are_where_they_are_needed():
     assert extras("worker-1") == extras("worker-2") == ["tensorflow-cpu"]
     assert "tensorflow-cpu" in extras("demo")
-    assert extras("gpu-worker") == ["tensorflow"]
-    assert SERVICES["gpu-worker"]["build"]["args"]["PACKAGES"] == "tensorflow[and-cuda]"
+    assert "tensorflow-cpu" in extras("doctor")
+    for worker in GPU_WORKERS:
+        assert extras(worker) == ["tensorflow"]
+        packages = SERVICES[worker]["build"]["args"]["PACKAGES"].split()
+        assert packages == ["tensorflow[and-cuda]", "nvidia-ml-py"]
 
 
 @pytest.mark.parametrize("service", DAEMONS)
@@ -112,10 +117,16 @@ def test_demo_waits_for_scheduler_and_cpu_workers():
     assert volume == f"./{option('demo', '--output')}:/app/{option('demo', '--output')}"
 
 
-def test_gpu_worker_reserves_a_gpu_and_says_so():
-    reserved = SERVICES["gpu-worker"]["deploy"]["resources"]["reservations"]["devices"]
+@pytest.mark.parametrize("worker", GPU_WORKERS)
+def test_gpu_workers_reserve_a_gpu_and_say_so(worker):
+    reserved = SERVICES[worker]["deploy"]["resources"]["reservations"]["devices"]
     assert reserved == [{"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}]
-    assert option("gpu-worker", "--resources") == "GPU=1"
+    assert option(worker, "--resources") == "GPU=1"
+
+
+def test_gpu_workers_share_its_memory():
+    assert sum(float(option(worker, "--memory")) for worker in GPU_WORKERS) < 1
+    assert not any("GPU" in name for name in SERVICES["gpu-worker-1"]["environment"])
 
 
 def test_ports_are_published_to_this_machine_alone():
@@ -215,3 +226,23 @@ def test_the_commands_run(core_bin: Path, processes: Processes, tmp_path: Path):
     for service in DAEMONS[:3]:  # still, after the work
         assert here.check(service).returncode == 0
     assert "Traceback" not in "".join(processes.log(i) for i in range(3))
+
+    doctor = subprocess.run(
+        here.command("doctor", SERVICES["doctor"]["command"]),
+        cwd=ROOT,
+        env=os.environ | here.environment("doctor"),
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert doctor.returncode == 0, doctor.stdout + doctor.stderr
+    # a GPU worker has one, or does not start
+    processes.start(
+        *here.command("gpu-worker-1", SERVICES["gpu-worker-1"]["command"]),
+        env=here.environment("gpu-worker-1") | {"CUDA_VISIBLE_DEVICES": "-1"},
+    )
+    deadline = time.monotonic() + 60
+    while "device='gpu' is asked for, and 0 GPUs are there" not in processes.log(3):
+        assert time.monotonic() < deadline, processes.log(3)
+        time.sleep(0.5)
+    assert here.check("gpu-worker-1").returncode

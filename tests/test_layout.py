@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "dask_keras_serialize"
 #: Modules from the top of the house down: each imports only what stands below it.
 FLOORS = [
     {"__init__"},
-    {"plugin", "placement", "cli"},
+    {"plugin", "placement", "warmup", "cli"},
     {"registration"},
     {"cluster", "handlers", "offload"},
     {"pickling", "inside"},
@@ -78,7 +78,7 @@ def test_keras_and_distributed_stay_where_they_belong():
         if FLOOR[name] < FLOOR["pickling"] or name in WITHOUT_KERAS:
             assert not top & {"keras", "tensorflow", "jax", "torch"}, name
         anywhere = {target.partition(".")[0] for target in imported(tree)}
-        assert "distributed" not in anywhere or name in ("plugin", "placement"), name
+        assert "distributed" not in anywhere or name in ("plugin", "placement", "warmup"), name
         named = name.startswith(("backends.", "devices."))
         assert not anywhere & {"tensorflow", "jax", "torch"} or named, name
 

@@ -26,6 +26,7 @@ HERE = keras.backend.backend()
         ({"device": -1}, "device=-1 is no number"),
         ({"device": True}, "device=True is no number"),
         ({"device": "cuda"}, "device='cuda' is no number"),
+        ({"device": {0: 0, 1: -1}}, "device=-1 is no number"),
         ({"memory": "much"}, "memory='much' is no number of bytes"),
         ({"memory": 0.0}, "memory=0.0 is neither"),
         ({"memory": 1.5}, "memory=1.5 is neither"),
@@ -136,6 +137,21 @@ def test_workers_are_placed_before_their_backend_starts(client):
     zoo.assert_same(model, far[0])
     with pytest.raises(PlacementError, match=r"worker tcp://.*policy='mixed_bfloat16', now None"):
         client.register_plugin(PlaceKeras(backend=HERE, device="cpu"))
+
+
+@pytest.mark.cluster
+def test_each_worker_has_a_device_of_its_own(client):
+    with pytest.raises(PlacementError, match=r"worker tcp://.* \(1\): .*says nothing of a worker"):
+        client.register_plugin(PlaceKeras(device={0: None}))
+    client.unregister_worker_plugin(PlaceKeras.name)  # the scheduler keeps it for later workers
+    client.restart()
+    client.register_plugin(PlaceKeras(device={0: "cpu", 1: None}, threads=None))
+    workers = client.scheduler_info()["workers"]
+    visible = client.run(os.getenv, "CUDA_VISIBLE_DEVICES")
+    assert {workers[worker]["name"]: value for worker, value in visible.items()} == {
+        0: "-1",
+        1: None,
+    }
 
 
 @pytest.mark.cluster

@@ -1,0 +1,177 @@
+"""Worker plugin that runs a model once on every worker, so that the first task is not the slow one.
+
+A backend builds, traces and compiles what a model computes when it is first run. What it has traced
+belongs to the very object: so the one is run that the worker keeps for tasks, under the key of a
+future, and a worker that has none yet fetches it first. A model that is sent inside a task, not as
+a future, is another object there, and is traced by the task.
+
+Dask takes back what workers hold beside the first, within two seconds, once no task waits for it
+(``ReduceReplicas``, ``distributed/active_memory_manager.py``), and a model that is fetched again is
+traced again. So a worker keeps what it has warmed up until the future is gone: it answers that it
+has it still. Where distributed asks otherwise, in a version to come, the model is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from distributed import Future
+from distributed.diagnostics.plugin import WorkerPlugin
+
+from dask_keras_serialize.errors import PlacementError
+from dask_keras_serialize.header import FORMAT
+
+logger = logging.getLogger(__name__)
+
+#: A shape, or shapes in lists or dicts, as the model takes its inputs.
+Shape = Sequence[Any] | Mapping[str, Any]
+
+
+class WarmKeras(WorkerPlugin):  # type: ignore[misc]
+    """Build a model and trace its ``predict`` on every present and future worker.
+
+    Parameters
+    ----------
+    model : distributed.Future
+        Of a model: ``client.scatter(model, broadcast=True)``, or a task's result.
+    batch_shape : tuple of int
+        Of one batch, its size first, as tasks will give it to ``predict``; lists or dicts of
+        such for a model that takes several inputs so.
+    dtype : str, optional
+        Of the batch; else what each of the model's inputs says, or float32.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the model is no future, the shape no shape.
+    PlacementError
+        By ``client.register_plugin``: names the worker, and what is wrong.
+
+    Notes
+    -----
+    Workers keep the model until the future is released. The batch is of zeros; variables that a
+    prediction changes are put back. On TensorFlow batches of another size are traced again, once;
+    JAX compiles for each size. A worker that joins when the future is gone starts without it.
+
+    Examples
+    --------
+    >>> future = client.scatter(model, broadcast=True)  # doctest: +SKIP
+    >>> client.register_plugin(WarmKeras(future, (32, 8)))  # doctest: +SKIP
+    >>> client.map(predict, chunks, model=future)  # doctest: +SKIP
+    """
+
+    def __init__(self, model: Future, batch_shape: Shape, *, dtype: str | None = None) -> None:
+        if not isinstance(model, Future):
+            raise TypeError(
+                f"WarmKeras takes the future of a model, not a {type(model).__name__}: make one by "
+                "client.scatter(model, broadcast=True), and give it to tasks"
+            )
+        _zeros(batch_shape, dtype, [])  # which says what is wrong with them, here
+        # the future itself would start a client on each worker
+        self.key = model.key
+        self.batch_shape = batch_shape
+        self.dtype = dtype
+        self.name = f"{FORMAT} warm-up of {model.key} for {batch_shape} {dtype}"
+
+    async def setup(self, worker: Any) -> None:
+        """Run the model there; on another thread, for tracing it takes long.
+
+        Raises
+        ------
+        PlacementError
+            If that fails.
+        """
+        _keeper(worker).keys[self.key] += 1
+        if self.key not in worker.data:
+            holders = await worker.scheduler.who_has(keys=[self.key])
+            if not any(holders.values()):
+                logger.warning("%s is nowhere any more: it is not warmed up", self.key)
+                return
+            await worker.gather(holders)
+            await worker.scheduler.add_keys(worker=worker.address, keys=[self.key])
+        try:
+            await asyncio.to_thread(self._run, worker.data[self.key])
+        except Exception as error:  # a model's own code
+            raise PlacementError(
+                f"worker {worker.address} ({worker.name!r}): {self.key} cannot predict on zeros of "
+                f"shape {self.batch_shape}: {error!r}"
+            ) from None
+
+    def teardown(self, worker: Any) -> None:
+        """Let Dask take the model back."""
+        _keeper(worker).keys[self.key] -= 1
+
+    def _run(self, model: Any) -> None:
+        from dask_keras_serialize import backends, states
+
+        backend = backends.current()[1]
+        kept = [variable for variable in model.variables if not variable.trainable]
+        before = [states.view(variable, backend, self.key) for variable in kept]
+        x = _zeros(self.batch_shape, self.dtype, getattr(model, "inputs", None) or [])
+        model.predict(x, batch_size=len(next(_leaves(x))), verbose=0)
+        for variable, value in zip(kept, before, strict=True):
+            if states.view(variable, backend, self.key).tobytes() != value.tobytes():
+                variable.assign(value)
+
+
+class _Keeper:
+    """Answers for a worker that is told to drop what it has beside others."""
+
+    def __init__(self, worker: Any) -> None:
+        self.keys: Counter[Any] = Counter()
+        self._worker = worker
+        self._remove = worker.stream_handlers.get(_REMOVE)
+        if self._remove is not None:
+            worker.stream_handlers[_REMOVE] = self.remove
+
+    def remove(self, keys: Sequence[Any], stimulus_id: str, **more: Any) -> None:
+        """Drop keys, but for those that the memory manager could as well leave."""
+        kept: list[Any] = []
+        if stimulus_id.startswith(_MANAGER):  # else the scheduler does not know them any more
+            kept = [key for key in keys if self.keys[key] > 0 and key in self._worker.data]
+        if kept:
+            answer = {"op": "add-keys", "keys": kept, "stimulus_id": f"{FORMAT}-{stimulus_id}"}
+            self._worker.batched_send(answer)
+        rest = [key for key in keys if key not in kept]
+        self._remove(keys=rest, stimulus_id=stimulus_id, **more)
+
+
+_REMOVE, _MANAGER = "remove-replicas", "active_memory_manager"
+
+#: By worker: a process may hold several.
+_keepers: WeakKeyDictionary[Any, _Keeper] = WeakKeyDictionary()
+
+
+def _keeper(worker: Any) -> _Keeper:
+    if worker not in _keepers:
+        _keepers[worker] = _Keeper(weakref.proxy(worker))
+    return _keepers[worker]
+
+
+def _zeros(shape: Shape, dtype: str | None, inputs: Sequence[Any]) -> Any:
+    """Make a batch of zeros; of the dtype that each input has, by name or by place."""
+    if isinstance(shape, Mapping):
+        named = {each.name: [each] for each in inputs}
+        return {key: _zeros(each, dtype, named.get(key, [])) for key, each in shape.items()}
+    if any(not isinstance(each, int) for each in shape):
+        return [_zeros(each, dtype, inputs[i : i + 1]) for i, each in enumerate(shape)]
+    if not shape or min(shape) < 1:
+        raise ValueError(
+            f"batch_shape={shape} is no shape of a batch: its size comes first, from 1"
+        )
+    return np.zeros(tuple(shape), dtype or (inputs[0].dtype if inputs else "float32"))
+
+
+def _leaves(x: Any) -> Iterator[Any]:
+    if isinstance(x, np.ndarray):
+        yield x
+    else:
+        for each in x.values() if isinstance(x, dict) else x:
+            yield from _leaves(each)

@@ -1,0 +1,181 @@
+"""A model is traced on every worker before the first task, and is the same after."""
+
+import time
+
+import keras
+import numpy as np
+import pytest
+from distributed import Client, LocalCluster
+
+from dask_keras_serialize import PlacementError, WarmKeras
+from tests import zoo
+
+
+@pytest.fixture(scope="module")
+def client():
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+class Traced(keras.layers.Layer):
+    """Counts in Python how often it is traced; on torch, which does not trace, how often run."""
+
+    count = 0
+
+    def call(self, x):
+        Traced.count += 1
+        return x
+
+
+def predict(chunk, model):
+    """Return whether the model was warm, and how often it was traced meanwhile."""
+    warm = model.predict_function is not None
+    before = Traced.count
+    model.predict(chunk, verbose=0)
+    return warm, Traced.count - before
+
+
+#: What a task finds of a warm model.
+WARM = (True, 1 if keras.backend.backend() == "torch" else 0)
+
+
+class Counts(keras.layers.Layer):
+    """Counts its calls in a variable, as some layers keep averages."""
+
+    def build(self, shape):
+        self.calls = self.add_weight(shape=(), initializer="zeros", trainable=False, name="calls")
+
+    def call(self, x):
+        self.calls.assign(self.calls + 1)
+        return x
+
+
+def fresh():
+    parts = [Traced(), keras.layers.Dropout(0.5), keras.layers.Dense(3)]
+    return keras.Sequential([keras.Input((zoo.WIDTH,)), *parts])
+
+
+@pytest.mark.cluster
+def test_the_first_task_traces_nothing(client):
+    model = fresh()
+    future = client.scatter(model, broadcast=True, hash=False)
+    client.register_plugin(WarmKeras(future, (16, zoo.WIDTH)))
+    x = np.ones((16, zoo.WIDTH), "float32")
+    for worker in client.scheduler_info()["workers"]:
+        first = client.submit(predict, x, future, workers=[worker], pure=False).result()
+        assert first == WARM
+        far = client.submit(lambda m: m, future, workers=[worker], pure=False).result()
+        zoo.assert_same(model, far)
+
+
+@pytest.mark.cluster
+def test_a_worker_that_has_no_replica_yet_fetches_one(client):
+    here, there = client.scheduler_info()["workers"]
+    future = client.scatter(fresh(), workers=[here], hash=False)
+    client.register_plugin(WarmKeras(future, (4, zoo.WIDTH)))
+    assert has(client, future, {here, there})
+    x = np.ones((4, zoo.WIDTH), "float32")
+    assert client.submit(predict, x, future, workers=[there], pure=False).result() == WARM
+
+
+def has(client, future, workers):
+    """Wait until just these workers have a model; a worker's word takes a moment."""
+    until = time.monotonic() + 30
+    while set(client.who_has(future)[future.key]) != set(workers):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return True
+
+
+def kept(dask_worker, key):
+    return id(dask_worker.data[key]) if key in dask_worker.data else None
+
+
+@pytest.mark.cluster
+def test_workers_keep_what_is_warm_until_the_future_is_gone(client):
+    here, there = client.scheduler_info()["workers"]
+    warm, cold = (client.scatter(fresh(), broadcast=True, hash=False) for _ in range(2))
+    plugin = WarmKeras(warm, (4, zoo.WIDTH))
+    client.register_plugin(plugin)
+    before = client.run(kept, key=warm.key)
+    assert None not in before.values()
+    for _ in range(3):
+        client.amm.run_once()
+        assert has(client, warm, {here, there})
+    assert len(client.who_has(cold)[cold.key]) == 1  # so the memory manager has been at work
+    assert client.run(kept, key=warm.key) == before
+    client.unregister_worker_plugin(plugin.name)
+    client.register_plugin(plugin)  # as warm as before: it was not dropped meanwhile
+    key = warm.key
+    del warm
+    until = time.monotonic() + 30
+    while set(client.run(kept, key=key).values()) != {None}:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.mark.cluster
+def test_later_workers_are_warm_and_start_even_if_the_model_is_gone(client):
+    future = client.scatter(fresh(), broadcast=True, hash=False)
+    client.register_plugin(WarmKeras(future, (4, zoo.WIDTH)))
+    old = set(client.scheduler_info()["workers"])
+    client.cluster.scale(3)
+    client.wait_for_workers(3, timeout=60)
+    (new,) = set(client.scheduler_info()["workers"]) - old
+    x = np.ones((4, zoo.WIDTH), "float32")
+    assert client.submit(predict, x, future, workers=[new], pure=False).result() == WARM
+    client.cluster.scale(2)
+    del future
+    client.cluster.scale(4)
+    client.wait_for_workers(4, timeout=60)
+
+
+def test_what_a_prediction_changes_is_put_back():
+    model = keras.Sequential([keras.Input((4,)), Counts(), keras.layers.BatchNormalization()])
+    assert len(model.variables) == 5
+    WarmKeras._run(_plugin((3, 4)), model)
+    assert float(model.layers[0].calls.numpy()) == 0
+    model.predict(np.ones((3, 4)), verbose=0)
+    assert float(model.layers[0].calls.numpy()) == 1
+
+
+@pytest.mark.parametrize("as_", [list, dict])
+def test_several_inputs_of_their_own_dtypes(as_):
+    seen = []
+
+    class Looks(keras.layers.Layer):
+        def call(self, words, numbers):
+            seen.append((words.dtype, numbers.dtype))
+            return keras.ops.cast(words, "float32") + numbers
+
+    inputs = [keras.Input((2,), name="words", dtype="int32"), keras.Input((2,), name="numbers")]
+    given = inputs if as_ is list else {each.name: each for each in inputs}
+    model = keras.Model(given, Looks()(*inputs))
+    del seen[:]
+    shape = [(3, 2), (3, 2)] if as_ is list else {"words": (3, 2), "numbers": (3, 2)}
+    WarmKeras._run(_plugin(shape), model)
+    names = {tuple(keras.backend.standardize_dtype(each) for each in pair) for pair in seen}
+    assert names == {("int32", "float32")}
+
+
+def _plugin(shape):
+    plugin = WarmKeras.__new__(WarmKeras)
+    plugin.key, plugin.batch_shape, plugin.dtype = "model", shape, None
+    return plugin
+
+
+@pytest.mark.cluster
+def test_what_cannot_be_warmed_is_an_error_that_names_it(client):
+    future = client.scatter(fresh(), broadcast=True, hash=False)
+    with pytest.raises(TypeError, match="takes the future of a model, not a Sequential"):
+        WarmKeras(fresh(), (3, 4))
+    for shape in ((), (0, 4), [(3, 4), ()]):
+        with pytest.raises(ValueError, match="is no shape of a batch"):
+            WarmKeras(future, shape)
+    with pytest.raises(PlacementError, match=r"worker tcp://.* cannot predict on zeros") as info:
+        client.register_plugin(WarmKeras(future, (3, zoo.WIDTH + 1)))
+    assert "\n" not in str(info.value)
+    assert future.status == "finished"
