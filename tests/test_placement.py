@@ -8,7 +8,7 @@ from pathlib import Path
 
 import keras
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster
 from distributed.diagnostics import nvml
 
 from dask_keras_serialize import PlaceKeras, PlacementError, backends
@@ -155,6 +155,26 @@ def test_each_worker_has_a_device_of_its_own(client):
 
 
 @pytest.mark.cluster
+def test_what_dask_cuda_has_set_is_left():
+    """As LocalCUDACluster makes them: each worker sees all GPUs, its own first."""
+    seen = ["0,1", "1,0"]
+    workers = {
+        i: {"cls": Nanny, "options": {"nthreads": 1, "env": {"CUDA_VISIBLE_DEVICES": visible}}}
+        for i, visible in enumerate(seen)
+    }
+    scheduler = {"cls": Scheduler, "options": {"dashboard": False}}
+    with SpecCluster(workers, scheduler) as cluster, Client(cluster) as client:
+        client.wait_for_workers(2, timeout=60)
+        client.register_plugin(PlaceKeras(memory="growth"))
+        assert sorted(client.run(os.getenv, "CUDA_VISIBLE_DEVICES").values()) == seen
+        model = zoo.build("trained")
+        future = client.scatter(model, broadcast=True)
+        for worker in client.scheduler_info()["workers"]:
+            far = client.submit(lambda m: m, future, workers=[worker], pure=False).result()
+            zoo.assert_same(model, far)
+
+
+@pytest.mark.cluster
 def test_what_a_worker_cannot_do_names_it(client):
     other = next(name for name in backends.NAMES if name != HERE)
     client.run(policies)  # loads Keras
@@ -195,7 +215,8 @@ def test_a_worker_takes_it_from_its_command_line_and_from_the_config(processes, 
     address = start_cluster(processes, bin_, bin_, tmp_path, [])
     processes.start(
         bin_ / "dask", "worker", address, "--nthreads", "2", "--no-dashboard",
-        "--local-directory", tmp_path, "--preload", "dask_keras_serialize.placement",
+        "--local-directory", tmp_path, "--resources", "GPU=1",
+        "--preload", "dask_keras_serialize.placement",
         "--policy", "float16", "--threads", "3",
         env={
             "DASK_DASK_KERAS_SERIALIZE__PLACEMENT": "{'device': 'cpu', 'threads': 1}",
@@ -205,3 +226,6 @@ def test_a_worker_takes_it_from_its_command_line_and_from_the_config(processes, 
     with Client(address) as client:
         client.wait_for_workers(1, timeout=60)
         assert list(client.run(placed).values()) == [("cpu", 3, "float16", "-1")]
+        model = zoo.build("trained")
+        far = client.submit(lambda m: m, model, resources={"GPU": 1}).result(60)
+        zoo.assert_same(model, far)
