@@ -7,7 +7,6 @@ the files it is given.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,6 @@ def doctor(
     address = address or dask_config.get("scheduler-address", None)
     if not address:
         raise click.UsageError("which cluster? Give the ADDRESS of its scheduler.")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # else TensorFlow greets in five lines
     from dask_keras_serialize.doctor import examine
 
     try:

@@ -99,7 +99,7 @@ def _registered(process: Process, client: Process) -> Iterator[_Found]:
             way_out = f"import dask_keras_serialize in every program, or {setting}"
             yield "handler", "note", what, way_out
         case _:
-            # which unpickles ours by reference, and so registers with the first model
+            # which passes models on all the same
             yield "handler", "note", what, setting
 
 

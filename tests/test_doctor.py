@@ -109,7 +109,7 @@ def test_workers_that_are_wrong_each_in_its_way(core_bin, processes, tmp_path):
     address = start_cluster(processes, core_bin, BIN, tmp_path, [{}, {}, off, {}])
     processes.start(
         environment_without_us(tmp_path) / "dask", "worker", address, "--name", "4",
-        "--no-dashboard", "--no-nanny", "--local-directory", tmp_path,
+        "--no-dashboard", "--no-nanny", "--local-directory", tmp_path, env={"PYTHONPATH": ""},
     )  # fmt: skip
     done_file = tmp_path / "done"
     with Client(address) as client:
@@ -155,7 +155,7 @@ def test_workers_that_are_wrong_each_in_its_way(core_bin, processes, tmp_path):
     assert workers[f"worker {right}"]["round-trip"] > 0
     assert workers[f"worker {by_name[4]}"]["python"]
     rows = {line.split()[1]: line for line in text.splitlines() if line.startswith("worker")}
-    assert rows[by_name[4]].split()[6:8] == ["-", "!"]
+    assert " - ! " in rows[by_name[4]]
     for line in (line for line in text.splitlines() if line.startswith("! ")):
         assert line.startswith("! worker tcp://")
 
