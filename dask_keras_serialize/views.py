@@ -125,7 +125,7 @@ def examination(processes: Sequence[Process], findings: Sequence[Finding]) -> st
     for finding in findings:
         who.setdefault((finding.level, finding.what, finding.way_out), []).append(finding.who)
     lines = [
-        f"{_MARKS[level]} {_few(names, _WHO)}: {_line(what, _WHAT)}: {_line(way_out, _WHAT)}"
+        f"{_MARKS[level]} {_few(names, _WHO)}: {_line(what, _WHAT)} -> {_line(way_out, _WHAT)}"
         for (level, what, way_out), names in who.items()
     ]
     counts = [

@@ -181,7 +181,7 @@ def test_a_cluster_without_workers(processes, tmp_path):
     address = start_cluster(processes, BIN, BIN, tmp_path, [])
     done = run(address)
     assert done.exit_code == 1
-    assert "it has no workers: start some: dask worker" in done.output
+    assert "it has no workers -> start some: dask worker" in done.output
     assert "Traceback" not in done.output
 
 
