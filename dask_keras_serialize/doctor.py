@@ -35,6 +35,9 @@ from dask_keras_serialize.verdict import Finding, Process, judge
 
 T = TypeVar("T")
 
+#: Models on their way at the same time: this process opens them, in the time that each has.
+_AT_ONCE = 32
+
 
 @dataclass(frozen=True)
 class Examination:
@@ -166,11 +169,14 @@ async def _send(client: Client, workers: Sequence[Process], timeout: float) -> N
 
     model = _specimen()
     expected = pack(model)
+    turns = asyncio.Semaphore(_AT_ONCE)
 
     async def send(worker: Process) -> bool:
         worker.pop("round-trip", None)
+        address = worker["who"].split()[1]
         try:
-            seconds, twin = await _round_trip(client, model, worker["who"].split()[1], timeout)
+            async with turns:
+                seconds, twin = await _round_trip(client, model, address, timeout)
             if difference := _difference(expected, pack(twin)):
                 worker["round-trip-error"] = f"a model came back with another {difference}"
             else:
@@ -183,7 +189,7 @@ async def _send(client: Client, workers: Sequence[Process], timeout: float) -> N
         return "round-trip" in worker
 
     ready = [w for w in workers if w.get("registered") and not {"error", "keras-error"} & w.keys()]
-    # all at once, for some may be stuck; then one after the other, to see how long it takes
+    # many at once, for some may be stuck; then one after the other, to see how long it takes
     arrived = await asyncio.gather(*map(send, ready))
     gc.collect()  # which takes longer than a round trip, in one of those to be measured
     for worker, well in zip(ready, arrived, strict=True):
