@@ -18,9 +18,7 @@ class KerasSerializeError(Exception):
     """Base of every error this package raises on purpose; its message is one line."""
 
     def __init__(self, message: str) -> None:
-        line = " ".join(message.split())
-        whole = len(line) <= _HEAD + _TAIL
-        super().__init__(line if whole else f"{line[:_HEAD]} ... {line[-_TAIL:]}")
+        super().__init__(_shortened(message))
 
 
 class EncodeError(KerasSerializeError, TypeError):
@@ -39,6 +37,10 @@ class PlacementError(KerasSerializeError, RuntimeError):
     """A worker cannot be limited as asked."""
 
 
+class UnreachableError(KerasSerializeError, OSError):
+    """No scheduler answers."""
+
+
 class MissingPackageError(KerasSerializeError, RuntimeError):
     """A worker of the cluster lacks this package."""
 
@@ -50,3 +52,15 @@ class MissingPackageError(KerasSerializeError, RuntimeError):
             f"{len(addresses)} of {total} workers ({', '.join(addresses[:3])}): "
             "pip install dask-keras-serialize there and restart them"
         )
+
+
+def one_line(error: BaseException) -> str:
+    """Say what somebody else raised, in one line: its class, unless it is ours, and message."""
+    ours = isinstance(error, KerasSerializeError)
+    return _shortened(str(error) if ours else f"{type(error).__name__}: {error}")
+
+
+def _shortened(message: str) -> str:
+    line = " ".join(message.split())
+    whole = len(line) <= _HEAD + _TAIL
+    return line if whole else f"{line[:_HEAD]} ... {line[-_TAIL:]}"

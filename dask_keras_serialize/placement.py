@@ -233,6 +233,14 @@ _LOCK = threading.Lock()
 #: How this process was placed.
 _placed: dict[str, Any] | None = None
 
+
+def forbids_gpus() -> bool:
+    """Say whether this process may use no GPU: it was placed so, or is shown none."""
+    if _placed is not None and _placed["device"] == "cpu":
+        return True
+    return os.environ.get(_VISIBLE, "0").strip() in ("", "-1")
+
+
 _RESTART = (
     "its backend has started its devices: place workers before they get a model, or restart them "
     "by client.restart()"

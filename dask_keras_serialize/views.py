@@ -1,6 +1,6 @@
-"""What a header says, for people: a line, a page of text, a page of HTML.
+"""For people: what a header says, as a line, a page of text, a page of HTML; what a doctor found.
 
-Everything shown came with the bytes and may be hostile: control characters are shown as
+Everything shown came from elsewhere and may be hostile: control characters are shown as
 escapes, so that a name cannot drive a terminal or begin a line of its own, names are
 shortened, and HTML is escaped. Loads neither Keras nor a backend.
 """
@@ -9,13 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 from dask_keras_serialize.header import Header
+from dask_keras_serialize.verdict import Finding, Process
 
-#: Characters shown of one name, rows of the table in HTML, names of code in one line.
-_NAME, _ROWS, _CODE = 120, 20, 3
+#: Characters shown of one name, rows of the table in HTML, names of code in one line; processes
+#: named in one line, and characters of what is wrong with them.
+_NAME, _ROWS, _CODE, _WHO, _WHAT = 120, 20, 3, 3, 1000
 
 _COLUMNS = ("variable", "shape", "dtype", "bytes")
+
+#: Of an examination: the facts, and the column of each.
+_FACTS = {
+    "who": "process",
+    "python": "python",
+    "keras": "keras",
+    "backend": "backend",
+    "dask": "dask",
+    "distributed": "distributed",
+    "package": "this package",
+    "handler": "handler",
+    "devices": "devices",
+    "round-trip": "round trip",
+}
+
+#: What stands behind a value that is wrong, and before the line that says why.
+_MARKS = {"failure": "!", "note": "~"}
 
 
 def summary(header: Header) -> str:
@@ -51,12 +71,7 @@ def text(header: Header) -> str:
         Lines, the columns of the table aligned.
     """
     facts = [f"  {name:<9} {value}" for name, value in _facts(header)]
-    rows = [_COLUMNS, *_rows(header)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
-    table = [
-        "  " + "  ".join((*map(str.ljust, row[:-1], widths), row[-1].rjust(widths[-1])))
-        for row in rows
-    ]
+    table = [f"  {line}" for line in _aligned([_COLUMNS, *_rows(header)])]
     return "\n".join([_line(header.owner), *facts, "", *table, "", f"  {_total(header)}"])
 
 
@@ -80,6 +95,71 @@ def html(header: Header) -> str:
         f"{_table([_cells('th', _COLUMNS), *rows])}"
         f"{f'<p>... {more} more</p>' if more else ''}<p>{_total(header)}</p></div>"
     )
+
+
+def examination(processes: Sequence[Process], findings: Sequence[Finding]) -> str:
+    """Show a cluster that was examined: a table of its processes, and what is wrong.
+
+    Parameters
+    ----------
+    processes : sequence of dict
+        See :mod:`dask_keras_serialize.doctor`.
+    findings : sequence of Finding
+
+    Returns
+    -------
+    str
+        Lines; what is the same of many processes in one.
+    """
+    marks = {
+        (finding.who, finding.fact): _MARKS[finding.level]
+        for finding in sorted(findings, key=lambda finding: finding.level == "failure")
+    }
+    rows = [tuple(_FACTS.values())]
+    for process in processes:
+        cells = [
+            (_line(_cell(process, fact)), marks.get((process["who"], fact))) for fact in _FACTS
+        ]
+        rows.append(tuple(f"{cell} {mark}" if mark else cell for cell, mark in cells))
+    who: dict[tuple[str, str, str], list[str]] = {}
+    for finding in findings:
+        who.setdefault((finding.level, finding.what, finding.way_out), []).append(finding.who)
+    lines = [
+        f"{_MARKS[level]} {_few(names, _WHO)}: {_line(what, _WHAT)} -> {_line(way_out, _WHAT)}"
+        for (level, what, way_out), names in who.items()
+    ]
+    counts = [
+        f"{n} {level}{'' if n == 1 else 's'}"
+        for level in _MARKS
+        if (n := sum(finding.level == level for finding in findings))
+    ]
+    return "\n".join([*_aligned(rows), "", *lines, ", ".join(counts) or "all is well"])
+
+
+def _cell(process: Process, fact: str) -> str:
+    value: Any = process.get(fact)
+    match fact:
+        case "keras" if process["role"] == "scheduler" and process.get("keras-loaded"):
+            return f"{value} (loaded)"
+        case "backend" if value:
+            return f"{value} {process.get('backend-version', '')}"
+        case "handler" if process.get("handlers"):
+            return " ".join(sorted({name.split(".")[0] for name in process["handlers"].values()}))
+        case "handler" if process.get("registered") is not None:
+            return "ours" if process["registered"] else "none"
+        case "round-trip" if value is not None:
+            return f"{1000 * value:.0f} ms"
+        case "round-trip" if "round-trip-error" in process:
+            return "failed"
+    return str(value or "-")
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the rows of a table as lines, the last column to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join((*map(str.ljust, row[:-1], widths), row[-1].rjust(widths[-1]))) for row in rows
+    ]
 
 
 def _facts(header: Header, most: int | None = None) -> list[tuple[str, str]]:
@@ -125,8 +205,8 @@ def _table(rows: Sequence[str]) -> str:
     return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
 
-def _line(name: str) -> str:
+def _line(name: str, most: int = _NAME) -> str:
     """Return a name as one line of printable characters, shortened."""
-    if len(name) > _NAME:
-        name = f"{name[: _NAME // 2]}...{name[-_NAME // 2 :]}"
+    if len(name) > most:
+        name = f"{name[: most // 2]}...{name[-most // 2 :]}"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)

@@ -10,7 +10,10 @@ PACKAGE = Path(__file__).parent.parent / "dask_keras_serialize"
 #: Modules from the top of the house down: each imports only what stands below it.
 FLOORS = [
     {"__init__"},
-    {"plugin", "placement", "warmup", "cli"},
+    {"cli"},
+    {"doctor"},
+    {"checkup"},
+    {"plugin", "placement", "warmup"},
     {"registration"},
     {"cluster", "handlers", "offload"},
     {"pickling", "inside"},
@@ -27,6 +30,7 @@ FLOORS = [
     {"devices.tensorflow", "devices.jax", "devices.torch"},
     {"devices"},
     {"backends"},
+    {"verdict"},
     {"header", "strings", "meters"},
     {"fingerprints"},
     {"frames"},
@@ -37,6 +41,8 @@ FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in flo
 
 #: Modules below the picklers that a scheduler, or who only looks, loads.
 WITHOUT_KERAS = {"inside", "packed", "views", "mapped", "header", "frames", "errors"}
+
+WITH_DISTRIBUTED = {"plugin", "placement", "warmup", "checkup", "doctor"}
 
 
 def modules():
@@ -78,7 +84,7 @@ def test_keras_and_distributed_stay_where_they_belong():
         if FLOOR[name] < FLOOR["pickling"] or name in WITHOUT_KERAS:
             assert not top & {"keras", "tensorflow", "jax", "torch"}, name
         anywhere = {target.partition(".")[0] for target in imported(tree)}
-        assert "distributed" not in anywhere or name in ("plugin", "placement", "warmup"), name
+        assert "distributed" not in anywhere or name in WITH_DISTRIBUTED, name
         named = name.startswith(("backends.", "devices."))
         assert not anywhere & {"tensorflow", "jax", "torch"} or named, name
 

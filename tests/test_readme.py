@@ -8,6 +8,8 @@ import sys
 import keras
 import pytest
 
+from dask_keras_serialize import views
+from dask_keras_serialize.verdict import judge
 from tests import zoo
 from tests.catalogue import CITIZENS
 from tests.conftest import ROOT
@@ -31,6 +33,31 @@ def test_the_program_runs_as_it_stands(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(r"\{'accuracy': \[.*\], 'loss': \[.*\]\}", done.stdout)
+
+
+def test_the_doctor_says_what_it_shows():
+    """The cluster that it shows, as facts, judged and drawn again."""
+    same = {"python": "3.11.7", "dask": "2026.8.0", "distributed": "2026.8.0"}
+    ours = same | {"package": "0.1.0", "registered": True}
+    keras = ours | {"keras": "3.15.1", "devices": "cpu, 2 threads"}
+    tensorflow = keras | {"backend": "tensorflow", "backend-version": "2.21.0"}
+    jax = keras | {"backend": "jax", "backend-version": "0.10.2"}
+    (lines,) = re.findall(r"\$ dask keras doctor .*\n((?:    .*\n|\n)+)", README)
+    shown = [line.removeprefix("    ") for line in lines.rstrip().splitlines()]
+    facts = {
+        "client": tensorflow | {"devices": "cpu, all cores"},
+        "scheduler": ours | {"workers": 3},
+        "without": same | {"package": None, "registered": None},
+        "tensorflow": tensorflow,
+        "jax": jax,
+    }
+    processes = []
+    for row, each in zip(shown[1:6], facts.values(), strict=True):
+        who = re.split(r"  +", row)[0]
+        processes.append({"who": who, "role": who.split()[0]} | each)
+        if took := re.search(r"(\d+) ms$", row):
+            processes[-1]["round-trip"] = int(took[1]) / 1000
+    assert views.examination(processes, judge(processes)).splitlines() == shown
 
 
 def test_every_file_it_names_is_there():

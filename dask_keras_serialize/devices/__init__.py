@@ -8,6 +8,10 @@ One module for each backend, with the same verbs:
     Sets :class:`Limits`. Raises :class:`StartedError` if it cannot any more.
 ``gpus()``
     Names of the GPUs that the backend uses; starts them.
+``memory()``
+    How the backend takes their memory, in a word or two; starts them.
+``threads()``
+    How many cores a computation may use, or None for all of the machine's.
 
 Which GPU a process sees is the driver's to say, for all backends: ``CUDA_VISIBLE_DEVICES``.
 """
@@ -65,9 +69,33 @@ class Devices(Protocol):
     def gpus(self) -> list[str]:
         """Start the devices; return the names of the GPUs among them."""
 
+    def memory(self) -> str:
+        """Say how the memory of those GPUs is taken."""
+
+    def threads(self) -> int | None:
+        """Return the cores that one computation may use, None for all."""
+
 
 def current() -> Devices:
     """Choose the module of the backend that Keras runs on in this process."""
     name, _ = backends.current()
     module: Any = import_module(f"{__name__}.{name}")
     return cast(Devices, module)
+
+
+def describe() -> str:
+    """Say which devices Keras uses in this process, and how it takes their memory; starts them.
+
+    Returns
+    -------
+    str
+        Such as ``"cpu, 2 threads"`` or ``"GPU:0, memory as needed"``.
+    """
+    here = current()
+    gpus = here.gpus()
+    if gpus:
+        return f"{', '.join(gpus)}, memory {here.memory()}"
+    threads = here.threads()
+    if threads is None:
+        return "cpu, all cores"
+    return f"cpu, {threads} thread{'' if threads == 1 else 's'}"

@@ -44,3 +44,20 @@ def settle(limits: Limits) -> None:
 def gpus() -> list[str]:
     """Return the names of the GPUs in use."""
     return [str(device) for device in jax.devices() if device.platform != "cpu"]
+
+
+def memory() -> str:
+    """Say how memory is taken, by the names in :func:`settle`; JAX's default is 75 %."""
+    if os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR") == "platform":
+        return "as needed"
+    part = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
+    at_once = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower()
+    if at_once in ("false", "0"):
+        return "as needed"
+    return f"{part} of the card's at once"
+
+
+def threads() -> int | None:
+    """Return the cores of the pool."""
+    number = os.environ.get("NPROC", "")
+    return int(number) if number.isdigit() else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import tensorflow as tf
 
 from dask_keras_serialize.devices import Limits, StartedError
@@ -41,3 +43,22 @@ def settle(limits: Limits) -> None:
 def gpus() -> list[str]:
     """Return the names of the GPUs in use."""
     return [device.name for device in tf.config.list_logical_devices("GPU")]
+
+
+def memory() -> str:
+    """Say how memory is taken; the environment has the last word on growth."""
+    said = []
+    growth = os.environ.get("TF_FORCE_GPU_ALLOW_GROWTH")
+    for gpu in tf.config.get_visible_devices("GPU"):
+        parts = tf.config.get_logical_device_configuration(gpu) or []
+        limits = [f"{part.memory_limit} MiB" for part in parts if part.memory_limit]
+        grows = tf.config.experimental.get_memory_growth(gpu)
+        if growth in ("true", "false"):
+            grows = growth == "true"
+        said.append(" + ".join(limits) or ("as needed" if grows else "all at once"))
+    return ", ".join(dict.fromkeys(said))
+
+
+def threads() -> int | None:
+    """Return the cores of one computation."""
+    return tf.config.threading.get_intra_op_parallelism_threads() or None

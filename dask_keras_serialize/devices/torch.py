@@ -29,3 +29,14 @@ def settle(limits: Limits) -> None:
 def gpus() -> list[str]:
     """Return the names of the GPUs in use."""
     return [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+
+
+def memory() -> str:
+    """Say how memory is taken; not every torch tells its cap."""
+    cap = getattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)()
+    return "as needed" if cap >= 1 else f"as needed, up to {cap:.2f} of the card's"
+
+
+def threads() -> int | None:
+    """Return the cores of one task."""
+    return int(torch.get_num_threads())

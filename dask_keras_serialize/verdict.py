@@ -1,0 +1,179 @@
+"""What is wrong with a cluster, by what its processes say: facts -> findings, and nothing else.
+
+A process is a dict of plain values, see :mod:`dask_keras_serialize.doctor`; the client's comes
+first, and what is said of the others is measured against it. Failures are what loses or refuses
+models; notes are what may be meant so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dask_keras_serialize.header import FORMAT
+
+Process = dict[str, Any]
+Level = Literal["failure", "note"]
+
+#: What a check finds: in which column, how bad, what, and the way out.
+_Found = tuple[str, Level, str, str]
+
+_INSTALL = f"pip install {FORMAT}[tensorflow] there, or [jax] or [torch]"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes
+    ----------
+    who : str
+        The process, such as ``"worker tcp://10.0.0.2:40001"``.
+    fact : str
+        Which of its facts is marked, such as ``"python"``; ``"who"`` for the process as such.
+    level : {"failure", "note"}
+    what : str
+    way_out : str
+    """
+
+    who: str
+    fact: str
+    level: Level
+    what: str
+    way_out: str
+
+
+def judge(processes: Sequence[Process]) -> list[Finding]:
+    """Say what is wrong.
+
+    Parameters
+    ----------
+    processes : sequence of dict
+        The client's, the scheduler's, and every worker's.
+
+    Returns
+    -------
+    list of Finding
+        In the order of the processes; empty if all is well.
+    """
+    client = processes[0]
+    return [
+        Finding(process["who"], *finding)
+        for process in processes
+        for check in _CHECKS
+        for finding in check(process, client)
+    ]
+
+
+def _answer(process: Process, client: Process) -> Iterator[_Found]:
+    if process.get("workers") == 0:
+        yield "who", "failure", "it has no workers", "start some: dask worker ADDRESS"
+    if process.get("error"):
+        way_out = "look into its log, restart it, or wait longer by --timeout"
+        yield "who", "failure", process["error"], way_out
+
+
+def _package(process: Process, client: Process) -> Iterator[_Found]:
+    if "package" not in process:  # it did not answer
+        return
+    here = process["package"]
+    if here is None:
+        install = f"pip install {FORMAT} there, and restart it"
+        yield "package", "failure", f"the package {FORMAT} is not installed", install
+    elif here != client["package"]:
+        same = f"install the same version of {FORMAT} everywhere"
+        yield "package", "failure", _differs(FORMAT, here, client["package"]), same
+
+
+def _registered(process: Process, client: Process) -> Iterator[_Found]:
+    if process.get("registered") is not False:
+        return
+    setting = f"set {FORMAT}.register: true in Dask's config there and restart it"
+    what = "Keras models are not registered: Dask's config turns it off"
+    match process["role"]:
+        case "worker":
+            plugin = "client.register_plugin(dask_keras_serialize.RegisterKeras())"
+            yield "handler", "failure", what, f"{setting}, or {plugin}"
+        case "client":
+            way_out = f"import dask_keras_serialize in every program, or {setting}"
+            yield "handler", "note", what, way_out
+        case _:
+            # which passes models on all the same
+            yield "handler", "note", what, setting
+
+
+def _handlers(process: Process, client: Process) -> Iterator[_Found]:
+    for slot, name in process.get("handlers", {}).items():
+        module = name.partition(".")[0]
+        way_out = (
+            f"leave out what imports {module!r} there, or call dask_keras_serialize.unregister() "
+            "and register() after it"
+        )
+        yield "handler", "failure", f"{slot} is {name}, not ours", way_out
+
+
+def _versions(process: Process, client: Process) -> Iterator[_Found]:
+    for name, roles in (("python", ("worker", "scheduler")), ("keras", ("worker",))):
+        here, there = process.get(name), client.get(name)
+        if process["role"] in roles and here and there and _minor(here) != _minor(there):
+            what = f"{_differs(name, here, there)}: functions and models by value need the same"
+            yield name, "failure", what, f"install the same minor version of {name} everywhere"
+    for name in ("dask", "distributed"):
+        here, there = process.get(name), client.get(name)
+        if here and here != there:
+            same = f"install the same version of {name} everywhere"
+            yield name, "note", _differs(name, here, there), same
+
+
+def _keras(process: Process, client: Process) -> Iterator[_Found]:
+    if error := process.get("keras-error"):
+        what = f"Keras cannot be loaded: {error}"
+        if process["role"] == "client":
+            what += "; so no model was sent"
+        yield "keras", "failure", what, _INSTALL
+
+
+def _backend(process: Process, client: Process) -> Iterator[_Found]:
+    here, there = process.get("backend"), client.get("backend")
+    if here and there and here != there:
+        way_out = f"set KERAS_BACKEND={there} there, if models are bound to theirs"
+        yield "backend", "note", _differs("backend", here, there), way_out
+
+
+def _gpus(process: Process, client: Process) -> Iterator[_Found]:
+    if process["role"] == "worker" and (idle := process.get("idle-gpus")):
+        name = process["backend"]
+        what = f"the driver has {idle} GPU{'' if idle == 1 else 's'}, and {name} finds none"
+        way_out = (
+            f"install the GPU build of {name} there, or say that none is meant: "
+            "PlaceKeras(device='cpu')"
+        )
+        yield "devices", "failure", what, way_out
+
+
+def _round_trip(process: Process, client: Process) -> Iterator[_Found]:
+    if error := process.get("round-trip-error"):
+        way_out = "look into its log; if it is busy, wait for its tasks, or longer by --timeout"
+        yield "round-trip", "failure", error, way_out
+
+
+_CHECKS: tuple[Callable[[Process, Process], Iterator[_Found]], ...] = (
+    _answer,
+    _package,
+    _registered,
+    _handlers,
+    _versions,
+    _keras,
+    _backend,
+    _gpus,
+    _round_trip,
+)
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]
+
+
+def _differs(name: str, here: str, there: str | None) -> str:
+    return f"{name} is {here}, the client's {there}"
