@@ -311,10 +311,14 @@ async def dask_setup(worker: Any, **arguments: str | None) -> None:
 
     Raises
     ------
-    PlacementError
-        The worker then does not start.
+    SystemExit
+        Says what it cannot be limited to. The worker then does not start: of any other exception
+        Dask writes into the log, and goes on (``distributed/preloading.py``).
     """
     given = {name: value for name, value in arguments.items() if value is not None}
     settings = dict(config.get(f"{FORMAT}.placement", None) or {}) | given
-    plugin = PlaceKeras(**{name: _number(value) for name, value in settings.items()})
-    await worker.plugin_add(plugin=plugin, name=plugin.name, catch_errors=False)
+    try:
+        plugin = PlaceKeras(**{name: _number(value) for name, value in settings.items()})
+        await worker.plugin_add(plugin=plugin, name=plugin.name, catch_errors=False)
+    except (PlacementError, ValueError, TypeError) as error:
+        raise SystemExit(f"{FORMAT}: {error}") from error
