@@ -24,12 +24,14 @@ FLOORS = [
     {"binding"},
     {"private", "likeness", "parts", "blame", "aside"},
     {"backends.tensorflow", "backends.jax", "backends.torch"},
+    {"backends.tensorflow_objects", "backends.jax_trainer", "backends.torch_objects"},
     {"devices.tensorflow", "devices.jax", "devices.torch"},
     {"devices"},
     {"backends"},
     {"header", "strings"},
     {"fingerprints"},
     {"frames"},
+    {"cuda"},
     {"errors"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
