@@ -117,10 +117,16 @@ class _Borrowed:
 
 
 def borrowed(array: Array) -> Array:
-    """View a contiguous array as if it could be written to; whoever asks for that never does.
+    """View an array as if it could be written to; whoever asks for that never does.
 
     Backends take no other, even where they only copy it to a device.
+
+    Notes
+    -----
+    Copies: none of an array in C order, else one.
     """
+    if not array.flags.c_contiguous:
+        array = array.copy()
     return np.asarray(_Borrowed(array)).view(array.dtype).reshape(array.shape)
 
 

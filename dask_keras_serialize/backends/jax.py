@@ -78,7 +78,7 @@ def _on_its_way(value: Any) -> Any:
 
 def _on_host(value: jax.Array) -> bool:
     """Say whether NumPy can view an array where it lies."""
-    devices = value.devices()
+    devices = value.sharding.device_set  # even of one that was given away
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
@@ -144,7 +144,7 @@ def on_gpu(variable: Any) -> bool:
     value = _value_of(variable)
     if not isinstance(value, ArrayImpl):
         return False
-    devices = value.devices()
+    devices = value.sharding.device_set
     return len(devices) == 1 and _is_gpu(next(iter(devices)))
 
 

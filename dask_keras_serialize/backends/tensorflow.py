@@ -70,8 +70,7 @@ def _value_of(variable: Any) -> tf.Tensor:
 def _view_of(tensor: tf.Tensor) -> Array:
     dtype = tensor.dtype
     if not tensor.device.endswith("CPU:0"):
-        with tf.device("CPU:0"):
-            tensor = tf.identity(tensor)
+        tensor = _to("CPU:0", tensor)
     if dtype in _NO_BUFFER:
         array: Array = np.asarray(tensor.numpy())  # of a scalar it makes no array
     else:
@@ -82,6 +81,11 @@ def _view_of(tensor: tf.Tensor) -> Array:
         array = known
     array.flags.writeable = False
     return array
+
+
+def _to(device: str, tensor: tf.Tensor) -> tf.Tensor:
+    with tf.device(device):
+        return tf.identity(tensor)
 
 
 class _View(np.ndarray[Any, np.dtype[Any]]):
@@ -161,12 +165,13 @@ def _moved(array: Array) -> tf.Tensor | None:
     device = _device()
     if device is None or not tf.config.experimental.get_synchronous_execution():
         return None
-    bits: Any = borrowed(np.ascontiguousarray(array)).view(_bits(array.dtype))
+    bits: Any = borrowed(array).view(_bits(array.dtype))
     source = tf.experimental.dlpack.from_dlpack(bits.__dlpack__())
+    moved = _to(device, source)
+    if not _is_gpu(moved.backing_device):  # as of int32: what it has is this array's memory
+        return None
     with tf.device(device):
-        moved = tf.identity(source)
-        # some dtypes, such as int32, stay in the host's memory: this one's
-        return _typed(moved, array.dtype) if _is_gpu(moved.backing_device) else None
+        return _typed(moved, array.dtype)
 
 
 def on_gpu(variable: Any) -> bool:

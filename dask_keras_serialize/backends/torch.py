@@ -28,6 +28,8 @@ from dask_keras_serialize.backends.torch_objects import initialize as initialize
 from dask_keras_serialize.backends.torch_objects import is_plain, owner_of, value_of
 from dask_keras_serialize.backends.torch_objects import mend as mend
 from dask_keras_serialize.backends.torch_objects import no_config_holds as no_config_holds
+from dask_keras_serialize.backends.torch_objects import place as place
+from dask_keras_serialize.backends.torch_objects import placement as placement
 from dask_keras_serialize.backends.torch_objects import shell as shell
 from dask_keras_serialize.cuda import DeviceFrame
 
@@ -100,12 +102,12 @@ def _own_view(tensor: torch.Tensor) -> torch.Tensor:
     From a GPU it may still be under way: :func:`_wait_for` it.
     """
     with _WRITES:  # or an update under way in another thread would show, or half of it
-        if LAZY and tensor.device.type == "cpu" and tensor.is_contiguous():
+        if LAZY and _on_cpu(tensor) and tensor.is_contiguous():
             try:
                 return tensor._lazy_clone()
             except RuntimeError:  # memory that it did not allocate cannot change hands
                 pass
-        if tensor.device.type == "cpu":
+        if _on_cpu(tensor):
             return tensor.clone(memory_format=torch.contiguous_format)
         tensor = tensor.contiguous()
         if tensor.is_cuda:
@@ -115,26 +117,12 @@ def _own_view(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to("cpu")
 
 
+def _on_cpu(tensor: torch.Tensor) -> bool:
+    return bool(tensor.device.type == "cpu")
+
+
 #: Held by who writes to variables, and who takes a view of one.
 _WRITES = threading.RLock()
-
-
-def placement(variable: Any) -> list[int] | None:
-    """Say in which order a value's axes lie in memory; None if as they are.
-
-    Some initializers transpose, and sums of a transposed kernel are rounded otherwise.
-    """
-    value = variable.value
-    if value.is_contiguous():
-        return None
-    order = sorted(range(value.dim()), key=lambda axis: -value.stride(axis))
-    return order if value.permute(order).is_contiguous() else None
-
-
-def place(tensor: torch.Tensor, placement: list[int]) -> torch.Tensor:
-    """Lay a tensor out so; one copy."""
-    back = sorted(range(len(placement)), key=placement.__getitem__)
-    return tensor.permute(placement).contiguous().permute(back)
 
 
 def slots() -> Iterator[tuple[Any, str, Any]]:
@@ -201,7 +189,7 @@ def tensor(array: Array) -> torch.Tensor:
     """
     device = _device()
     if device is not None:
-        return _of(borrowed(np.ascontiguousarray(array))).to(device)
+        return _of(borrowed(array)).to(device)
     return _on_host(array)
 
 
@@ -283,14 +271,17 @@ def device_tensor(
     Copies: none of one that is the receiver's own, which training then writes to; else one, on the
     GPU.
     """
-    device = _device()
-    if device is None or device.type != "cuda":
+    if not _takes_frames():
         return None
     raw = _adopted(frame if frame.writeable else frame.own())
     if not frame.writeable:
         raw = raw.clone()
         _wait_for([raw])  # before the frame goes
-    return raw.view(_of(np.empty(0, dtype)).dtype).reshape(tuple(shape)).to(device)
+    return raw.view(_of(np.empty(0, dtype)).dtype).reshape(tuple(shape))
+
+
+def _takes_frames() -> bool:
+    return bool(torch.device(get_device()).type == "cuda")
 
 
 def _adopted(frame: DeviceFrame) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 With this backend a Keras layer is a ``torch.nn.Module``, which lists its parameters, and may have
 hooks and buffers; and a module of a user's, in a ``TorchModuleWrapper``, shares its parameters with
-the layer's variables. The verbs here are the adapter's, ``torch.py``.
+the layer's variables. Those values may lie in memory otherwise than in C order. The verbs here
+are the adapter's, ``torch.py``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,24 @@ from weakref import ref
 import keras
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
+
+
+def placement(variable: Any) -> list[int] | None:
+    """Say in which order a value's axes lie in memory; None if as they are.
+
+    Some initializers transpose, and sums of a transposed kernel are rounded otherwise.
+    """
+    value = variable.value
+    if value.is_contiguous():
+        return None
+    order = sorted(range(value.dim()), key=lambda axis: -value.stride(axis))
+    return order if value.permute(order).is_contiguous() else None
+
+
+def place(tensor: torch.Tensor, placement: list[int]) -> torch.Tensor:
+    """Lay a tensor out so; one copy."""
+    back = sorted(range(len(placement)), key=placement.__getitem__)
+    return tensor.permute(placement).contiguous().permute(back)
 
 
 def no_config_holds(layer: Any) -> str | None:
