@@ -30,6 +30,8 @@ from dask_keras_serialize.frames import ALIGNMENT, allocate
 #: dtypes that have no buffer, nor a bitcast to one that has.
 _NO_BUFFER = frozenset(map(tf.as_dtype, ("float8_e4m3fn", "float8_e5m2", "string")))
 
+_BFLOAT16 = np.dtype(tf.bfloat16.as_numpy_dtype)
+
 
 def view(variable: Any) -> Array:
     """View a variable's value.
@@ -141,11 +143,11 @@ def tensor(array: Array) -> tf.Tensor:
 
 def _bits(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Return a dtype that DLPack has, of the same size."""
-    return np.dtype(np.uint16) if dtype == tf.bfloat16.as_numpy_dtype else dtype
+    return np.dtype(np.uint16) if dtype == _BFLOAT16 else dtype
 
 
 def _typed(tensor: tf.Tensor, dtype: np.dtype[Any]) -> tf.Tensor:
-    return tensor if tensor.dtype == dtype else tf.bitcast(tensor, dtype)
+    return tensor if _bits(dtype) is dtype else tf.bitcast(tensor, dtype)
 
 
 def _device() -> str | None:

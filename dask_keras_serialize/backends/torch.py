@@ -195,8 +195,9 @@ def tensor(array: Array) -> torch.Tensor:
 
 def _device() -> torch.device | None:
     """Return where Keras puts new variables; None for the host's memory."""
-    device = torch.device(get_device())
-    return None if device.type == "cpu" else device
+    name = get_device()
+    device = None if name == "cpu" else torch.device(name)
+    return None if device is None or device.type == "cpu" else device
 
 
 def _on_host(array: Array) -> torch.Tensor:
