@@ -2,6 +2,7 @@
 #
 #   make demo PYTHON=python3.12          another Python for a new .venv
 #   make test BACKEND_EXTRA=jax          another backend: tensorflow, jax, torch
+#   make test-gpu BACKEND_EXTRA=jax      the same, on a machine with a GPU
 #   make test PYTEST_ARGS="-k frames"    anything for pytest
 
 PYTHON ?= python3
@@ -9,6 +10,7 @@ VENV ?= .venv
 BACKEND_EXTRA ?= tensorflow-cpu
 EXTRAS ?= test,bench,dev,$(BACKEND_EXTRA)
 PYTEST_ARGS ?=
+MARKS ?= not slow and not gpu
 # a hang ends here; on a quiet machine the tests take well under twelve minutes
 TEST_SECONDS ?= 2400
 
@@ -20,11 +22,14 @@ INSTALLED := $(VENV)/.installed-$(BACKEND_EXTRA)
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 # the backend that was installed, whatever a keras.json in the home folder says
-export KERAS_BACKEND ?= $(patsubst tensorflow%,tensorflow,$(BACKEND_EXTRA))
+export KERAS_BACKEND ?= $(firstword $(subst -, ,$(BACKEND_EXTRA)))
+
+GPU_EXTRA := $(if $(filter torch,$(KERAS_BACKEND)),torch,$(KERAS_BACKEND)-gpu)
+GPU_VENV := $(VENV)-gpu-$(KERAS_BACKEND)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-jax test-torch test-together test-long lint format bench fidelity build clean
+.PHONY: help install demo test test-jax test-torch test-together test-gpu test-long lint format bench fidelity build clean
 
 help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,7 +48,7 @@ demo: $(INSTALLED) ## train and predict on two workers, check every bit, draw ex
 	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED) ## run the tests, but for the slow ones
-	$(BIN)/python -m pytest -m "not slow" --session-timeout=$(TEST_SECONDS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "$(MARKS)" --session-timeout=$(TEST_SECONDS) $(PYTEST_ARGS)
 
 test-jax: ## run the tests on JAX, in an environment of its own
 	$(MAKE) test BACKEND_EXTRA=jax VENV=$(VENV)-jax KERAS_BACKEND=jax
@@ -54,6 +59,13 @@ test-torch: ## run the tests on PyTorch, in an environment of its own
 test-together: ## run the tests of changing backend, in an environment with all backends and KerasHub
 	$(MAKE) test BACKEND_EXTRA=together VENV=$(VENV)-together KERAS_BACKEND=jax \
 	  EXTRAS=test,together PYTEST_ARGS="tests/test_together.py --timeout=900"
+
+# the processes of these tests share a GPU: none may take most of it at once
+test-gpu: export XLA_PYTHON_CLIENT_PREALLOCATE = false
+test-gpu: export TF_FORCE_GPU_ALLOW_GROWTH = true
+test-gpu: ## run the tests and the benchmark that need a GPU, in an environment of its own
+	$(MAKE) test BACKEND_EXTRA=$(GPU_EXTRA) VENV=$(GPU_VENV) EXTRAS=test,bench,$(GPU_EXTRA) MARKS=gpu
+	$(GPU_VENV)/bin/python benchmarks/gpu.py
 
 test-long: $(INSTALLED) ## run the slow tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -2,7 +2,8 @@
 
 Fingerprints cost the same for any size: they are no checksum, which TCP and TLS
 already carry. Where two frames of one message are alike in all that is sampled, and
-yet different, all their bytes count.
+yet different, all their bytes count. Of frames in a GPU's memory the length alone counts: to look
+at them is to copy them.
 """
 
 from __future__ import annotations
@@ -12,25 +13,27 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dask_keras_serialize.cuda import DeviceFrame
 from dask_keras_serialize.errors import DecodeError
-from dask_keras_serialize.frames import Frame
+from dask_keras_serialize.frames import AnyFrame, Frame
 
 #: Bytes of one sample that :func:`fingerprint` reads, and how many it spreads out.
 _SAMPLE, _SAMPLES = 256, 16
 
 
 def check(
-    frames: Sequence[Frame],
+    frames: Sequence[AnyFrame],
     sizes: Sequence[int],
     fingerprints: Sequence[int],
     whole: Sequence[int],
     owner: str,
+    unread: Sequence[int] = (),
 ) -> None:
     """Refuse frames that are not, one for one, those that were sent.
 
     Parameters
     ----------
-    frames : sequence of memoryview
+    frames : sequence of memoryview or DeviceFrame
         What arrived.
     sizes, fingerprints : sequence of int
         Length in bytes and the fingerprint of each frame as it was sent.
@@ -38,6 +41,8 @@ def check(
         Frames whose fingerprint is over all their bytes.
     owner : str
         Whose frames they are, for the error.
+    unread : sequence of int
+        Frames that were sent from a GPU's memory, without a fingerprint.
 
     Raises
     ------
@@ -56,6 +61,8 @@ def check(
                 f"{owner}: frame {i} has {frame.nbytes} bytes where {size} were sent; "
                 "it was truncated or the frames are out of order, send it again"
             )
+        if isinstance(frame, DeviceFrame) or i in unread:
+            continue
         if i and isinstance(frame.obj, np.memmap):
             continue  # to look at a page of a mapped file is to read it, and those beside it
         if (zlib.crc32(frame) if i in whole else fingerprint(frame)) != mark:
@@ -91,31 +98,32 @@ def fingerprint(frame: Frame) -> int:
     return mark
 
 
-def fingerprints(frames: Sequence[Frame]) -> tuple[list[int], list[int]]:
+def fingerprints(frames: Sequence[AnyFrame]) -> tuple[list[int], list[int]]:
     """Tell frames of one message apart, so that none can take another's place.
 
     Parameters
     ----------
-    frames : sequence of memoryview
+    frames : sequence of memoryview or DeviceFrame
 
     Returns
     -------
     fingerprints : list of int
         :func:`fingerprint` of each; the CRC-32 of all its bytes where two frames of the
-        same size and fingerprint are different.
+        same size and fingerprint are different; 0 for those in a GPU's memory.
     whole : list of int
         Which those are.
     """
-    marks = [fingerprint(frame) for frame in frames]
+    here = {i: frame for i, frame in enumerate(frames) if not isinstance(frame, DeviceFrame)}
+    marks = [fingerprint(here[i]) if i in here else 0 for i in range(len(frames))]
     alike: dict[tuple[int, int], list[int]] = {}
-    for i, frame in enumerate(frames):
+    for i, frame in here.items():
         alike.setdefault((frame.nbytes, marks[i]), []).append(i)
     whole = []
     for places in alike.values():
-        if any(not _equal(frames[places[0]], frames[i]) for i in places[1:]):
+        if any(not _equal(here[places[0]], here[i]) for i in places[1:]):
             whole += places
     for i in whole:
-        marks[i] = zlib.crc32(frames[i])
+        marks[i] = zlib.crc32(here[i])
     return marks, sorted(whole)
 
 

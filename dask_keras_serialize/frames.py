@@ -8,7 +8,8 @@ of :data:`ALIGNMENT` bytes, because a comm awaits every frame apart
 
 Ownership: a frame keeps the memory it views alive. Frames that are sent are read-only.
 Of those that arrive, the few that are the receiver's to keep are writeable, see
-:func:`as_frames`. Nothing here ever writes to a frame.
+:func:`as_frames`. Nothing here ever writes to a frame. Dask's "cuda" family has some that lie in a
+GPU's memory, in the place of large arrays (:mod:`dask_keras_serialize.cuda`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from dask_keras_serialize.cuda import DeviceFrame, to_host
 from dask_keras_serialize.errors import DecodeError
 
 #: Arrays of this many bytes or more are sent as frames of their own, uncopied.
@@ -30,6 +32,7 @@ LARGE = 65536
 ALIGNMENT = 64
 
 Frame = memoryview
+AnyFrame = Frame | DeviceFrame
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -82,19 +85,21 @@ def layout(sizes: Sequence[int]) -> list[Location]:
     return locations
 
 
-def pack(arrays: Sequence[npt.NDArray[np.generic]]) -> tuple[list[Location], list[Frame]]:
+def pack(
+    arrays: Sequence[npt.NDArray[np.generic] | DeviceFrame],
+) -> tuple[list[Location], list[AnyFrame]]:
     """Lay arrays out in frames.
 
     Parameters
     ----------
-    arrays : sequence of ndarray
-        Any shapes and dtypes without Python objects.
+    arrays : sequence of ndarray or DeviceFrame
+        Any shapes and dtypes without Python objects; device frames of at least :data:`LARGE` bytes.
 
     Returns
     -------
     locations : list of Location
         One for each array, in order, as :func:`layout` says.
-    frames : list of memoryview
+    frames : list of memoryview or DeviceFrame
         Read-only. The arena first, then the large arrays in order.
 
     Notes
@@ -107,21 +112,23 @@ def pack(arrays: Sequence[npt.NDArray[np.generic]]) -> tuple[list[Location], lis
     # the first frame may be received into one buffer with the header, at any address.
     size = sum(_aligned(each.nbytes) for each in locations if each.frame == 0)
     arena = np.zeros(max(size, ALIGNMENT), np.uint8)
-    frames: list[Frame] = [arena.data.toreadonly()]
+    frames: list[AnyFrame] = [arena.data.toreadonly()]
     for array, (frame, offset, nbytes) in zip(arrays, locations, strict=True):
-        if frame == 0:
+        if isinstance(array, DeviceFrame):
+            frames.append(array)
+        elif frame == 0:
             arena[offset : offset + nbytes] = as_frame(array)
         else:
             frames.append(as_frame(array))
     return locations, frames
 
 
-def unpack(frames: Sequence[Frame], location: Location, owner: str) -> Bytes:
+def unpack(frames: Sequence[AnyFrame], location: Location, owner: str) -> Bytes:
     """View one array's bytes inside the frames.
 
     Parameters
     ----------
-    frames : sequence of memoryview
+    frames : sequence of memoryview or DeviceFrame
         As received.
     location : Location
         Where the bytes are said to lie.
@@ -141,7 +148,7 @@ def unpack(frames: Sequence[Frame], location: Location, owner: str) -> Bytes:
 
     Notes
     -----
-    Copies: none.
+    Copies: none; one of a device frame, to the host's memory.
     """
     index, offset, nbytes = location
     if not 0 <= index < len(frames):
@@ -151,8 +158,11 @@ def unpack(frames: Sequence[Frame], location: Location, owner: str) -> Bytes:
             f"{owner}: its bytes are said to lie at {offset}:{offset + nbytes} "
             f"of a frame of {frames[index].nbytes} bytes"
         )
-    view = np.frombuffer(frames[index], np.uint8, count=nbytes, offset=offset)
-    if nbytes < frames[index].nbytes:
+    frame = frames[index]
+    if isinstance(frame, DeviceFrame):
+        frame = to_host(frame, owner)
+    view = np.frombuffer(frame, np.uint8, count=nbytes, offset=offset)
+    if nbytes < frame.nbytes:
         view.flags.writeable = False
     return view
 

@@ -14,7 +14,7 @@ from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.header import FORMAT
 
 
-def serialize_keras(obj: Any) -> tuple[dict[str, Any], list[memoryview]]:
+def serialize_keras(obj: Any) -> tuple[dict[str, Any], list[Any]]:
     """Serialize a model or another of Keras's objects for Dask's family of serializers.
 
     Parameters
@@ -46,12 +46,12 @@ def serialize_keras(obj: Any) -> tuple[dict[str, Any], list[memoryview]]:
 
 
 def deserialize_keras(header: dict[str, Any], frames: list[Any]) -> Any:
-    """Deserialize what :func:`serialize_keras` wrote.
+    """Deserialize what :func:`serialize_keras` or :func:`serialize_on_gpu` wrote.
 
     Parameters
     ----------
     header : dict
-    frames : list of objects with the buffer protocol
+    frames : list of objects with the buffer protocol, or ``__cuda_array_interface__``
         What a comm or a file handed over, the object's own from now on, as those of a
         numpy array are (``distributed/protocol/numpy.py``): it uses large writeable ones
         in place where its backend can, and never writes to them.
@@ -81,12 +81,41 @@ def deserialize_keras(header: dict[str, Any], frames: list[Any]) -> Any:
         return broken(error)
 
 
+def serialize_on_gpu(obj: Any) -> tuple[dict[str, Any], list[Any]]:
+    """Serialize what lies on a GPU for Dask's "cuda" family, which leaves it there.
+
+    Parameters
+    ----------
+    obj : object
+
+    Returns
+    -------
+    header : dict
+    frames : list of memoryview and DeviceFrame
+        Large variables are snapshots on the GPU, see :mod:`dask_keras_serialize.cuda`.
+
+    Raises
+    ------
+    EncodeError
+        If it cannot travel without losing something.
+    NotImplementedError
+        If no large variable of it lies on a GPU: Dask then asks its own family.
+    """
+    from dask_keras_serialize.protocol import encode, lies_on_gpu
+    from dask_keras_serialize.shells import reduces_itself
+
+    if reduces_itself(obj.__class__) or not lies_on_gpu(obj):
+        raise NotImplementedError(f"{type(obj).__qualname__} has nothing large on a GPU")
+    header, frames = encode(obj, on_device=True)
+    return header.to_wire(), list(frames)
+
+
 def loads(original: Callable[..., Any], header: dict[str, Any], frames: list[Any]) -> Any:
-    """Load what Dask's family of serializers wrote, ours by our own header.
+    """Load what Dask's or the "cuda" family of serializers wrote, ours by our own header.
 
     Dask would unpickle the object's class first, to look up who loads it, and where that
     cannot be imported, fail without a word on it (``dask_loads`` in
-    ``distributed/protocol/serialize.py``).
+    ``distributed/protocol/serialize.py``, ``cuda_loads`` in ``cuda.py`` beside it).
     """
     ours = header.get("sub-header")
     if isinstance(ours, dict) and ours.get("format") == FORMAT:

@@ -22,9 +22,10 @@ from typing import Any, Literal
 import msgpack
 import numpy as np
 
+from dask_keras_serialize.cuda import DeviceFrame
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.fingerprints import fingerprints
-from dask_keras_serialize.frames import Frame, Location
+from dask_keras_serialize.frames import AnyFrame, Location
 
 FORMAT = "dask-keras-serialize"
 
@@ -106,6 +107,8 @@ class Header:
         Of each frame, in order; see :mod:`dask_keras_serialize.fingerprints`.
     whole : tuple of int
         Frames whose fingerprint is over all their bytes.
+    unread : tuple of int
+        Frames without a fingerprint, which left from a GPU's memory.
     byteorder : str
         ``sys.byteorder`` of the sender.
     """
@@ -121,6 +124,7 @@ class Header:
     frame_sizes: tuple[int, ...] = field(default=(), repr=False)
     fingerprints: tuple[int, ...] = field(default=(), repr=False)
     whole: tuple[int, ...] = field(default=(), repr=False)
+    unread: tuple[int, ...] = field(default=(), repr=False)
     byteorder: str = sys.byteorder
 
     @property
@@ -133,11 +137,16 @@ class Header:
         """Names of code that is not Keras's own, each with "reference" or "value"."""
         return tuple((str(name), str(how)) for name, how in self.body.get("code", ()))
 
-    def with_frames(self, frames: Sequence[Frame]) -> Header:
+    def with_frames(self, frames: Sequence[AnyFrame]) -> Header:
         """Return this header with the frames it describes."""
         marks, whole = fingerprints(frames)
-        sizes = tuple(frame.nbytes for frame in frames)
-        return replace(self, frame_sizes=sizes, fingerprints=tuple(marks), whole=tuple(whole))
+        return replace(
+            self,
+            frame_sizes=tuple(frame.nbytes for frame in frames),
+            fingerprints=tuple(marks),
+            whole=tuple(whole),
+            unread=tuple(i for i, frame in enumerate(frames) if isinstance(frame, DeviceFrame)),
+        )
 
     def to_wire(self) -> dict[str, Any]:
         """Return the header as plain values, safe for msgpack."""
@@ -158,6 +167,7 @@ class Header:
             "frame-sizes": list(self.frame_sizes),
             "fingerprints": list(self.fingerprints),
             "whole": list(self.whole),
+            **({"unread": list(self.unread)} if self.unread else {}),
         }
 
     @classmethod
@@ -216,6 +226,7 @@ class Header:
             frame_sizes=tuple(_natural(n) for n in wire["frame-sizes"]),
             fingerprints=tuple(_natural(n) for n in wire["fingerprints"]),
             whole=tuple(_natural(n) for n in wire["whole"]),
+            unread=tuple(_natural(n) for n in wire.get("unread", ())),
         )
 
     def _check(self) -> None:

@@ -44,7 +44,7 @@ class _Sending:
         self._alive = _alive()
         self._alive.add(self)
 
-    def close(self) -> tuple[bytes, list[_Sending], list[memoryview]]:
+    def close(self) -> tuple[bytes, list[_Sending], list[Any]]:
         """Encode the object."""
         # here, not above: this module is loaded as keras is, which protocol may be importing
         from dask_keras_serialize.protocol import encode_parts

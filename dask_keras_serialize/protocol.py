@@ -14,13 +14,13 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import keras
-import numpy as np
 from dask import config
 
 from dask_keras_serialize import (
     backends,
     by_config,
     by_value,
+    cuda,
     fingerprints,
     frames,
     meters,
@@ -28,8 +28,9 @@ from dask_keras_serialize import (
     states,
     strings,
 )
+from dask_keras_serialize.cuda import DeviceFrame
 from dask_keras_serialize.errors import DecodeError, EncodeError, KerasSerializeError
-from dask_keras_serialize.frames import Frame
+from dask_keras_serialize.frames import AnyFrame
 from dask_keras_serialize.header import (
     FORMAT,
     ITEMSIZE,
@@ -49,12 +50,14 @@ class Encoded(NamedTuple):
     """An object on its way out: header, frames, and names for its parts."""
 
     header: Header
-    frames: list[Frame]
+    frames: list[AnyFrame]
     parts: Callable[[], Mapping[Key, Any]]
     links: list[Any]
 
 
-def encode(obj: Any, *, for_token: bool = False) -> tuple[Header, list[Frame]]:
+def encode(
+    obj: Any, *, for_token: bool = False, on_device: bool = False
+) -> tuple[Header, list[AnyFrame]]:
     """Turn an object into a header and frames.
 
     Parameters
@@ -65,11 +68,13 @@ def encode(obj: Any, *, for_token: bool = False) -> tuple[Header, list[Frame]]:
     for_token : bool
         Make the bytes the same in every process, at the price that nobody can decode
         them; see :func:`dask_keras_serialize.by_value.dump`.
+    on_device : bool
+        Leave large variables that lie on a GPU there.
 
     Returns
     -------
     header : Header
-    frames : list of memoryview
+    frames : list of memoryview, and DeviceFrame if ``on_device``
         Read-only. Those of large variables are views of the backend's own memory,
         and keep it alive; they do not show later training.
 
@@ -83,7 +88,7 @@ def encode(obj: Any, *, for_token: bool = False) -> tuple[Header, list[Frame]]:
     Copies: each variable under 64 KiB once, into the arena; of the others none that the backend
     can show where it lies (docs/backends.md).
     """
-    encoded = encode_parts(obj, for_token=for_token)
+    encoded = encode_parts(obj, for_token=for_token, on_device=on_device)
     return encoded.header, encoded.frames
 
 
@@ -94,6 +99,7 @@ def encode_parts(
     *,
     seen: Sequence[Any] = (),
     for_token: bool = False,
+    on_device: bool = False,
 ) -> Encoded:
     """Do as :func:`encode`, for an object that is pickled together with others.
 
@@ -106,6 +112,7 @@ def encode_parts(
     seen : sequence of object
         The parts of an earlier description by value, in order: they keep their numbers.
     for_token : bool
+    on_device : bool
 
     Returns
     -------
@@ -131,8 +138,11 @@ def encode_parts(
                 f"{owner}: variable {variable.path!r} has dtype {variable.dtype}, which cannot "
                 "travel yet: cast it, or keep it out"
             )
-    views = [states.view(variable, backend, owner) for variable in variables]
-    arrays = [strings.to_bytes(each) if each.dtype == object else each for each in views]
+    take = states.views_or_frames if on_device else states.views
+    arrays = [
+        each if isinstance(each, DeviceFrame) or each.dtype != object else strings.to_bytes(each)
+        for each in take(variables, backend, owner)
+    ]
     locations, packed = frames.pack([*arrays, *extras])
     entries = tuple(
         VariableEntry(v.path, tuple(map(int, v.shape)), v.dtype, bool(v.trainable), location)
@@ -169,7 +179,7 @@ def decode(header: Header, buffers: Sequence[object], *, keep: bool = False) -> 
     ----------
     header : Header
         Already checked by :meth:`Header.from_wire`.
-    buffers : sequence of objects with the buffer protocol
+    buffers : sequence of objects with the buffer protocol, or ``__cuda_array_interface__``
         The frames, in order. Never written to.
     keep : bool
         Whether the object may use them in place, see :func:`frames.as_frames`: they are
@@ -191,17 +201,26 @@ def decode(header: Header, buffers: Sequence[object], *, keep: bool = False) -> 
     Copies: at most one of each variable's bytes, into memory the backend owns; none of
     a large variable that ``keep`` allows and the backend can use where it lies.
     """
-    return decode_parts(header, frames.as_frames(buffers, header.owner, keep=keep)).root
+    owner = header.owner
+    parts: list[AnyFrame] = []
+    for buffer in buffers:
+        if cuda.on_device(buffer):
+            parts.append(cuda.received(buffer, owner, keep=keep))
+        else:
+            parts += frames.as_frames([buffer], owner, keep=keep)
+    return decode_parts(header, parts).root
 
 
 @meters.meter(meters.REBUILD)
-def decode_parts(header: Header, parts: Sequence[Frame], links: Sequence[Rebuilt] = ()) -> Rebuilt:
+def decode_parts(
+    header: Header, parts: Sequence[AnyFrame], links: Sequence[Rebuilt] = ()
+) -> Rebuilt:
     """Do as :func:`decode`, for an object that was pickled together with others.
 
     Parameters
     ----------
     header : Header
-    parts : sequence of memoryview
+    parts : sequence of memoryview or DeviceFrame
         Those that are writeable are the object's to keep.
     links : sequence of Rebuilt
         The other parcels it refers to.
@@ -211,7 +230,8 @@ def decode_parts(header: Header, parts: Sequence[Frame], links: Sequence[Rebuilt
     Rebuilt
     """
     _check_environment(header)
-    fingerprints.check(parts, header.frame_sizes, header.fingerprints, header.whole, header.owner)
+    sizes, marks = header.frame_sizes, header.fingerprints
+    fingerprints.check(parts, sizes, marks, header.whole, header.owner, header.unread)
     values = Values(header, parts)
     try:
         locations = [frames.Location(*map(int, row)) for row in header.body["extras"]]
@@ -238,10 +258,13 @@ def decode_parts(header: Header, parts: Sequence[Frame], links: Sequence[Rebuilt
 
 def nbytes(obj: Any) -> int:
     """Count the bytes of all variables, without reading them."""
-    return sum(
-        int(np.prod(tuple(v.shape), dtype=np.int64)) * ITEMSIZE.get(v.dtype, 1)
-        for v in _variables(obj)
-    )
+    return sum(map(states.nbytes, _variables(obj)))
+
+
+def lies_on_gpu(obj: Any) -> bool:
+    """Say whether ``on_device`` would leave any of an object's variables where they are."""
+    _, backend = backends.current()
+    return any(states.stays_on_device(variable, backend) for variable in _variables(obj))
 
 
 #: Bytes of the Python objects around a model, one of its layers and one of its

@@ -24,8 +24,9 @@ import keras
 
 from dask_keras_serialize import backends, private, strings
 from dask_keras_serialize.aside import own_random
+from dask_keras_serialize.cuda import DeviceFrame
 from dask_keras_serialize.errors import DecodeError
-from dask_keras_serialize.frames import LARGE, Frame, unpack
+from dask_keras_serialize.frames import LARGE, AnyFrame, unpack
 from dask_keras_serialize.header import ITEMSIZE, STRING, Header, numpy_dtype
 
 #: ``id(variable)`` to the index of its value, and the variable, so that the id stays its.
@@ -39,15 +40,16 @@ class Values:
     ----------
     header : Header
         Already checked.
-    frames : sequence of memoryview
+    frames : sequence of memoryview or DeviceFrame
         Already checked against the header.
 
     Notes
     -----
-    Copies: :meth:`array` none; :meth:`tensor` one at most, into memory the backend owns.
+    Copies: :meth:`array` none; :meth:`tensor` one at most, into memory the backend owns. Of a
+    device frame :meth:`array` one, to the host's memory.
     """
 
-    def __init__(self, header: Header, frames: Sequence[Frame]) -> None:
+    def __init__(self, header: Header, frames: Sequence[AnyFrame]) -> None:
         self.header = header
         #: What :meth:`place` has put into variables, and how long that took.
         self.placed_bytes, self.placed_seconds = 0, 0.0
@@ -78,7 +80,12 @@ class Values:
                 f"{self.header.owner}: variable {entry.path!r} holds strings, which only the "
                 "backend 'tensorflow' has: set KERAS_BACKEND to it here"
             )
-        tensor = self.backend.tensor(self.array(index))
+        frame = self._frames[entry.location.frame]
+        tensor = None
+        if isinstance(frame, DeviceFrame) and entry.dtype != STRING:
+            tensor = self.backend.device_tensor(frame, numpy_dtype(entry.dtype), entry.shape)
+        if tensor is None:
+            tensor = self.backend.tensor(self.array(index))
         placement = self._placements.get(index)
         if placement is None or self.header.backend != keras.backend.backend():
             return tensor

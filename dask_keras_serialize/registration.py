@@ -37,7 +37,9 @@ What is taken, and what of it is private (each has a test that fails when it mov
   taken for one (``distributed/client.py``, ``_MapExpr._layer``).
 - ``Client.scatter`` and ``Client.submit``: ask first whether all workers have this
   package.
-- the "dask" family of serializers, public: loads models by their own header, without
+- ``cuda_serialize``, ``cuda_deserialize``, public: models on a GPU for comms that send a GPU's
+  memory, as those of distributed-ucxx.
+- the "dask" and "cuda" families of serializers, public: load models by their own header, without
   the class that Dask would unpickle first.
 - the "error" family of serializers, public: adds our name to the error of a worker
   that returned a model through distributed's old handler.
@@ -68,6 +70,7 @@ from dask_keras_serialize.handlers import (
     deserialize_keras,
     loads,
     serialize_keras,
+    serialize_on_gpu,
     sizeof_keras,
     tokenize_keras,
 )
@@ -209,9 +212,11 @@ def _take_sizes(sizeof: Any) -> None:
 def _take_serializers(protocol: Any) -> None:
     _take("serialize", protocol.dask_serialize, serialize_keras)
     _take("deserialize", protocol.dask_deserialize, deserialize_keras)
+    _take("cuda serialize", protocol.cuda_serialize, serialize_on_gpu)
+    _take("cuda deserialize", protocol.cuda_deserialize, deserialize_keras)
     # not protocol.serialize, which is the function of that name
     families = sys.modules["distributed.protocol.serialize"].families
-    for name, ours in (("dask", loads), ("error", explain_error)):
+    for name, ours in (("dask", loads), ("cuda", loads), ("error", explain_error)):
         if name not in _before:
             dumps, original, _ = families[name]
             family = functools.partial(protocol.register_serialization_family, name, dumps)

@@ -7,6 +7,7 @@ of it.
 
 from __future__ import annotations
 
+import math
 import time
 import types
 from collections import OrderedDict
@@ -17,8 +18,10 @@ import keras
 
 from dask_keras_serialize import mending, private
 from dask_keras_serialize.backends import Array, Backend
+from dask_keras_serialize.cuda import DeviceFrame
 from dask_keras_serialize.errors import EncodeError
-from dask_keras_serialize.header import STRING, numpy_dtype
+from dask_keras_serialize.frames import LARGE
+from dask_keras_serialize.header import ITEMSIZE, STRING, numpy_dtype
 from dask_keras_serialize.private import State, Tracker
 from dask_keras_serialize.shells import own_method
 
@@ -169,9 +172,47 @@ def view(variable: keras.Variable, backend: Backend, owner: str) -> Array:
     EncodeError
         If it is never whole.
     """
+    return _whole(variable, backend.view(variable), backend, owner)
+
+
+def views(variables: Sequence[keras.Variable], backend: Backend, owner: str) -> list[Array]:
+    """View variables' values, as :func:`view`; their copies from other devices overlap."""
+    return [
+        _whole(variable, array, backend, owner)
+        for variable, array in zip(variables, backend.views(variables), strict=True)
+    ]
+
+
+def views_or_frames(
+    variables: Sequence[keras.Variable], backend: Backend, owner: str
+) -> list[Array | DeviceFrame]:
+    """View variables' values, but take those that are large and on a GPU as device frames."""
+    large = [v for v in variables if stays_on_device(v, backend)]
+    frames = {
+        id(variable): frame
+        for variable, frame in zip(large, backend.device_frames(large), strict=True)
+        # None, or another size, if a trainer has it just now; or kept in another dtype
+        if frame is not None and frame.nbytes == nbytes(variable)
+    }
+    rest = [variable for variable in variables if id(variable) not in frames]
+    arrays = iter(views(rest, backend, owner))
+    return [frames[id(v)] if id(v) in frames else next(arrays) for v in variables]
+
+
+def stays_on_device(variable: keras.Variable, backend: Backend) -> bool:
+    """Say whether a variable is sent from the GPU it lies on, if frames may lie there."""
+    return nbytes(variable) >= LARGE and has_value(variable) and backend.on_gpu(variable)
+
+
+def nbytes(variable: keras.Variable) -> int:
+    """Count the bytes of a variable, without reading it."""
+    return math.prod(map(int, variable.shape)) * ITEMSIZE.get(variable.dtype, 1)
+
+
+def _whole(variable: keras.Variable, array: Array | None, backend: Backend, owner: str) -> Array:
+    """Return a variable's view as it travels; look again for as long as it is not whole."""
     shape = tuple(variable.shape)
     for _ in range(_TRIES):
-        array = backend.view(variable)
         if array is not None and array.shape == shape:
             # JAX keeps 64 bits in 32, torch unsigned numbers in wider ones that have a sign
             unlike = variable.dtype != STRING and array.dtype.name != variable.dtype
@@ -179,6 +220,7 @@ def view(variable: keras.Variable, backend: Backend, owner: str) -> Array:
         # TensorFlow takes a tensor apart for as long as it updates it in place; JAX's trainer
         # takes the values out of their variables for an epoch
         time.sleep(0.001)
+        array = backend.view(variable)
     raise EncodeError(
         f"{owner}: variable {variable.path!r} has no value of its shape {shape}: if another thread "
         "trains the model, send it from a callback, by its self.model, or between epochs; if a run "

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dask_keras_serialize import compiled
-from dask_keras_serialize.backends import jax as adapter
+from dask_keras_serialize.backends.jax_trainer import HELD
 from dask_keras_serialize.errors import EncodeError
 from tests import zoo
 
@@ -34,7 +34,7 @@ def test_a_model_is_sent_from_another_thread_in_the_middle_of_an_epoch():
     steps = [int(pickle.loads(each).optimizer.iterations) for each in sent]
     assert steps == sorted(set(steps))
     assert len(steps) == 4
-    assert not adapter._HELD
+    assert not HELD
 
 
 def test_what_a_config_says_may_be_given_away_while_it_is_read(monkeypatch):
@@ -100,7 +100,7 @@ def test_what_training_began_with_is_not_kept():
     first = []
 
     def look(batch):
-        first.append([held.first() for held in adapter._HELD.values()])
+        first.append([held.first() for held in HELD.values()])
 
     model.fit(X, Y, batch_size=8, verbose=0, callbacks=[callback(look)])
     trainable = len(model.trainable_variables)

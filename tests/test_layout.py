@@ -27,6 +27,7 @@ FLOORS = [
     {"binding"},
     {"private", "likeness", "parts", "blame", "aside"},
     {"backends.tensorflow", "backends.jax", "backends.torch"},
+    {"backends.tensorflow_objects", "backends.jax_trainer", "backends.torch_objects"},
     {"devices.tensorflow", "devices.jax", "devices.torch"},
     {"devices"},
     {"backends"},
@@ -34,6 +35,7 @@ FLOORS = [
     {"header", "strings", "meters"},
     {"fingerprints"},
     {"frames"},
+    {"cuda"},
     {"errors"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}

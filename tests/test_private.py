@@ -12,6 +12,7 @@ import pytest
 from distributed import protocol
 from distributed.comm import tcp
 from distributed.comm import utils as comm_utils
+from distributed.protocol.cuda import cuda_loads
 from distributed.protocol.serialize import dask_loads, families
 from distributed.scheduler import Scheduler
 from joblib import numpy_pickle
@@ -164,6 +165,26 @@ def test_joblib():
         assert inspect.signature(wrapper).parameters["numpy_array_alignment_bytes"].default == 16
         assert wrapper.__init__.__defaults__[-1] == 16
     assert numpy_pickle.NumpyArrayWrapper(None, None, None, None).numpy_array_alignment_bytes == 64
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="torch's")
+def test_where_keras_puts_new_variables_on_torch():
+    """``get_device`` of ``keras/src/backend/torch/core.py``; else Keras moves what we made."""
+    from keras.src.backend.torch.core import get_device
+
+    from dask_keras_serialize.backends import torch as adapter
+
+    assert adapter.get_device is get_device
+    with keras.device("meta"):
+        assert adapter._device().type == "meta"
+    assert adapter._device() is None
+
+
+def test_families_of_serializers():
+    assert "cuda" in families, "distributed/protocol/cuda.py"
+    assert list(inspect.signature(families["cuda"][0]).parameters) == ["x"]
+    assert 'loads(header["sub-header"], frames)' in inspect.getsource(cuda_loads)
+    assert '"type-serialized"' in inspect.getsource(cuda_loads)
 
 
 def test_collections():

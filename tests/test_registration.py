@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import dask.sizeof
 import keras
 from distributed import Client, protocol
+from distributed.protocol.cuda import cuda_serialize
 from distributed.protocol.serialize import dask_deserialize, dask_serialize, families
 
 import dask_keras_serialize
@@ -22,8 +23,10 @@ from distributed.protocol.serialize import dask_serialize, dask_deserialize
 from dask.sizeof import sizeof
 from dask.tokenize import normalize_token
 class Net(keras.Model): pass
+from distributed.protocol.cuda import cuda_deserialize, cuda_serialize
+slots = dask_serialize, dask_deserialize, cuda_serialize, cuda_deserialize, sizeof, normalize_token
 for cls in (keras.Model, keras.Sequential, Net):
-    for dispatch in (dask_serialize, dask_deserialize, sizeof, normalize_token):
+    for dispatch in slots:
         handler = dispatch.dispatch(cls)
         assert handler.__module__ == "dask_keras_serialize.handlers", (dispatch, cls, handler)
 assert keras.Model.__reduce_ex__.__module__ == "dask_keras_serialize.pickling"
@@ -95,6 +98,13 @@ def test_importing_us_loads_neither_keras_nor_a_backend_nor_distributed():
     assert not loaded & {"keras", "tensorflow", "jax", "torch"}
 
 
+def on_gpus(dispatch):
+    try:
+        return dispatch.dispatch(keras.Sequential)
+    except TypeError:  # nobody but us has one
+        return None
+
+
 def test_register_and_unregister_are_idempotent():
     slots = [
         lambda: dask_serialize.dispatch(keras.Sequential),
@@ -103,6 +113,8 @@ def test_register_and_unregister_are_idempotent():
         lambda: getattr(keras.Model, "__reduce_ex__", None),
         lambda: (Client.map, Client.scatter, Client.submit),
         lambda: families["error"],
+        lambda: families["cuda"],
+        lambda: on_gpus(cuda_serialize),
     ]
     before = [slot() for slot in slots]
     assert before[:2] == [handlers.serialize_keras, handlers.deserialize_keras]

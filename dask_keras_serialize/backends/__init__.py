@@ -3,9 +3,15 @@
 ``view(variable)``
     ndarray of a variable's value: read-only, in C order, uncopied where the backend
     can; it never shows what is assigned to the variable later.
+``views(variables)``
+    The same of several: what is copied from other devices is on its way together.
 ``tensor(array)``
     Tensor of the backend that owns its memory: one copy of ``array`` at most. A
-    writeable array is given away, and may be used in place where that is safe.
+    writeable array is given away, and may be used in place where that is safe. Where Keras puts
+    new variables on another device, the copy is the one to there, out of ``array`` itself.
+``on_gpu(variable)``, ``device_frames(variables)``, ``device_tensor(frame, dtype, shape)``
+    For Dask's "cuda" family: whether a value lies on a GPU, snapshots that stay there, and a tensor
+    made of a frame that arrived there.
 ``initialize(variable, tensor)``
     Gives a variable its first value.
 ``placement(variable)``, ``place(tensor, placement)``
@@ -42,6 +48,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
+from dask_keras_serialize.cuda import DeviceFrame
 from dask_keras_serialize.errors import KerasSerializeError
 from dask_keras_serialize.header import numpy_dtype
 
@@ -96,6 +103,33 @@ COMMON = {
 OWN_OPTIMIZERS = "keras.src.backend.torch.optimizers."
 
 
+class _Borrowed:
+    """An array's bytes, as if they could be written to; keeps the array."""
+
+    def __init__(self, array: Array) -> None:
+        self.array = array
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": (array.nbytes,),
+            "typestr": "|u1",
+            "data": (array.ctypes.data, False),
+        }
+
+
+def borrowed(array: Array) -> Array:
+    """View an array as if it could be written to; whoever asks for that never does.
+
+    Backends take no other, even where they only copy it to a device.
+
+    Notes
+    -----
+    Copies: none of an array in C order, else one.
+    """
+    if not array.flags.c_contiguous:
+        array = array.copy()
+    return np.asarray(_Borrowed(array)).view(array.dtype).reshape(array.shape)
+
+
 def behind(array: Array, cls: type) -> Any:
     """Return the object of a class whose memory an array is a view of, or None."""
     base: Any = array
@@ -138,6 +172,20 @@ class Backend(Protocol):
 
     def view(self, variable: Any) -> Array | None:
         """View a ``keras.Variable``'s value; None where it has none just now."""
+
+    def views(self, variables: Sequence[Any]) -> Sequence[Array | None]:
+        """View several; copies from other devices overlap where the backend can."""
+
+    def on_gpu(self, variable: Any) -> bool:
+        """Say whether all of a variable's value lies on one CUDA GPU."""
+
+    def device_frames(self, variables: Sequence[Any]) -> Sequence[DeviceFrame | None]:
+        """Take snapshots of values on a GPU, there; None of those that cannot be had so."""
+
+    def device_tensor(
+        self, frame: DeviceFrame, dtype: np.dtype[Any], shape: Sequence[int]
+    ) -> Any | None:
+        """Turn a device frame into a tensor; None where new variables are not on a GPU."""
 
     def tensor(self, array: Array) -> Any:
         """Turn an array into a tensor."""

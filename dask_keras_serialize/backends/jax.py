@@ -3,20 +3,17 @@
 But for as long as it fits, evaluates or predicts, Keras's trainer takes the values out of their
 variables, so that they are in memory once, and gives them away to each step, which returns new
 ones (``keras/src/backend/jax/trainer.py``). Meanwhile another thread finds variables without a
-value: a task that predicts with the same model fails. So we remember who took them; the variable
-then gives the trainer's, and threads that evaluate or predict with one model take turns.
+value: a task that predicts with the same model fails. So we remember who took them
+(``jax_trainer``); the variable then gives the trainer's.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
-import threading
 import time
-from collections.abc import Iterator
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, ref
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +23,8 @@ from jax._src.array import ArrayImpl
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from dask_keras_serialize.backends import Array
-
-logger = logging.getLogger(__name__)
+from dask_keras_serialize.backends.jax_trainer import HELD, held_value, slots_of_trainers
+from dask_keras_serialize.cuda import DeviceFrame, Loan, address_in
 
 
 def view(variable: Any) -> Array | None:
@@ -46,10 +43,43 @@ def view(variable: Any) -> Array | None:
 
     Notes
     -----
-    Copies: none for an array in host memory, else one.
+    Copies: none for an array in host memory, else one, which the variable's own array does not
+    keep.
     """
+    return _view_of(_on_its_way(_value_of(variable)))
+
+
+def views(variables: Sequence[Any]) -> list[Array | None]:
+    """View several; copies from other devices are under way together."""
+    return [_view_of(value) for value in [_on_its_way(_value_of(v)) for v in variables]]
+
+
+def _value_of(variable: Any) -> Any:
     value = variable._value
-    return _view_of(_held(variable) if value is None else value)
+    return held_value(variable) if value is None else value
+
+
+def _on_its_way(value: Any) -> Any:
+    """Return an array in the host's memory, or one like it that is being copied there.
+
+    NumPy's copy of an array that lies elsewhere stays with it for as long as it lives
+    (``ArrayImpl._value``, ``jax/_src/array.py``): this one's is let go of.
+    """
+    if not isinstance(value, ArrayImpl) or _on_host(value):
+        return value
+    try:
+        parts = [shard.data for shard in value.addressable_shards]
+        twin = jax.make_array_from_single_device_arrays(value.shape, value.sharding, parts)
+        twin.copy_to_host_async()
+    except RuntimeError:  # given away to a step of training in another thread
+        return None
+    return twin
+
+
+def _on_host(value: jax.Array) -> bool:
+    """Say whether NumPy can view an array where it lies."""
+    devices = value.sharding.device_set  # even of one that was given away
+    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
 def _view_of(value: jax.Array | None) -> Array | None:
@@ -84,16 +114,80 @@ def tensor(array: Array) -> jax.Array:
     Notes
     -----
     Copies: none of a writeable array, nor of a view of an array of this process, that starts
-    at a multiple of 64 bytes; else one, by JAX where it is not aligned.
+    at a multiple of 64 bytes; else one, by JAX where it is not aligned. To a GPU one, out of the
+    array itself.
     """
     if array.flags.writeable or isinstance(array, _View):
         return jax.device_put(np.asarray(array), may_alias=True)
+    if _is_gpu(_device()):  # nobody may write to the array until it is there
+        return jax.block_until_ready(jax.device_put(array))
     return jnp.array(array, copy=True)  # device_put may alias what others write to
 
 
 def tensor_in(array: Array, memory: Array) -> jax.Array:
     """Turn an array into a tensor: nobody can write to one, so none has to share memory."""
     return tensor(array)
+
+
+def _device() -> jax.Device:
+    """Return where new arrays go."""
+    device = jax.config.jax_default_device  # None, a device, or a platform's name
+    return device if isinstance(device, jax.Device) else jax.local_devices(backend=device)[0]
+
+
+def _is_gpu(device: jax.Device) -> bool:
+    return device.platform in ("gpu", "cuda")
+
+
+def on_gpu(variable: Any) -> bool:
+    """Say whether a variable lies on one GPU."""
+    value = _value_of(variable)
+    if not isinstance(value, ArrayImpl):
+        return False
+    devices = value.sharding.device_set
+    return len(devices) == 1 and _is_gpu(next(iter(devices)))
+
+
+def device_frames(variables: Sequence[Any]) -> list[DeviceFrame | None]:
+    """Take snapshots of values where they are.
+
+    Notes
+    -----
+    Copies: one on the GPU, which no step of training can give away.
+    """
+    twins = [_twin(_value_of(variable)) for variable in variables]
+    return [None if twin is None else _frame(jax.block_until_ready(twin)) for twin in twins]
+
+
+def _twin(value: Any) -> jax.Array | None:
+    """Copy an array where it lies; None if it is not there any more."""
+    try:
+        return None if value is None else jax.device_put(value, value.sharding, may_alias=False)
+    except RuntimeError:  # given away to a step of training in another thread
+        return None
+
+
+def _frame(twin: Any) -> DeviceFrame | None:
+    address = address_in(twin.__dlpack__())
+    if address is None:
+        return None
+    return DeviceFrame(address, twin.nbytes, twin, partial(np.asarray, twin))
+
+
+def device_tensor(
+    frame: DeviceFrame, dtype: np.dtype[Any], shape: Sequence[int]
+) -> jax.Array | None:
+    """Turn a device frame into an array.
+
+    Notes
+    -----
+    Copies: one, on the GPU; the frame is free when it is done.
+    """
+    device = _device()
+    if not _is_gpu(device):
+        return None
+    lent = jax.dlpack.from_dlpack(Loan(frame, dtype, shape, device.local_hardware_id))
+    return jax.block_until_ready(jax.device_put(lent, device, may_alias=False))
 
 
 def initialize(variable: Any, tensor: Any) -> None:
@@ -110,8 +204,7 @@ def placement(variable: Any) -> list[Any] | None:
         The mesh's shape and the names of its axes, and for each axis of the value the names of
         those it is split over, or None.
     """
-    value = variable._value
-    sharding = getattr(_held(variable) if value is None else value, "sharding", None)
+    sharding = getattr(_value_of(variable), "sharding", None)
     if not isinstance(sharding, jax.sharding.NamedSharding) or sharding.mesh.size < 2:
         return None
     spec = [list(axis) if isinstance(axis, tuple) else axis for axis in sharding.spec]
@@ -146,106 +239,10 @@ def no_config_holds(layer: Any) -> str | None:
 
 def slots() -> Iterator[tuple[Any, str, Any]]:
     """Yield what of Keras's takes values out of variables, reads them, or must take turns."""
-    wrapped = [(keras.Model, name, _in_turn) for name in _RUNS]
-    wrapped += [(keras.Model, name, _forgetting) for name in _TRAINING]
-    wrapped += [(keras.Model, _PURGE, _remembering), (keras.Variable, "value", _reading)]
-    for base, name, wrap in wrapped:
+    for base, name, wrap in (*slots_of_trainers(), (keras.Variable, "value", _reading)):
         cls = next((cls for cls in base.__mro__ if name in vars(cls)), None)
         if cls is not None:
             yield cls, name, wrap(vars(cls)[name])
-
-
-#: What tasks of one worker call of one model. Not ``fit``: its callbacks and its data may wait for
-#: threads that run the model.
-_RUNS = ("evaluate", "predict", "test_on_batch", "predict_on_batch")
-_TRAINING = ("fit", "train_on_batch")
-_PURGE = "_purge_model_variables"
-
-#: Locks by the model they are of: one thread at a time runs it.
-_TURNS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-
-#: Seconds that a thread waits for its turn. Longer ones wait for each other: one goes on, as it
-#: would by Keras alone.
-_PATIENCE = 60.0
-
-
-def _in_turn(original: Any) -> Any:
-    run = _forgetting(original)
-
-    @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        turn = _TURNS.setdefault(self, threading.RLock())
-        mine = turn.acquire(timeout=_PATIENCE)
-        if not mine:
-            logger.warning("%s runs in two threads, each for over %.0f s", self.name, _PATIENCE)
-        try:
-            return run(self, *args, **kwargs)
-        finally:
-            if mine:
-                turn.release()
-
-    return method
-
-
-def _forgetting(original: Any) -> Any:
-    @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            _forget(self)
-
-    return method
-
-
-class _Held(NamedTuple):
-    """A value that a trainer has taken out of a variable."""
-
-    variable: ref[Any]
-    trainer: ref[Any]
-    kind: str
-    place: int
-    #: Given away at the first step; else it goes then.
-    first: ref[Any]
-
-
-#: By the variable's ``id()``.
-_HELD: dict[int, _Held] = {}
-
-
-def _remembering(original: Any) -> Any:
-    """Wrap ``_purge_model_variables``."""
-
-    @functools.wraps(original)
-    def purge(self: Any, **kinds: bool) -> None:
-        for kind in (kind for kind, purged in kinds.items() if purged):
-            owner = self.optimizer if kind.startswith("optimizer") else self
-            name = "variables" if owner is not self else kind
-            for place, variable in enumerate(getattr(owner, name)):
-                if variable._value is not None:
-                    held = _Held(ref(variable), ref(self), kind, place, ref(variable._value))
-                    _HELD[id(variable)] = held
-        original(self, **kinds)
-
-    return purge
-
-
-def _forget(trainer: Any) -> None:
-    """Forget what is back in its variable; what is not, after an interrupt, can still be read."""
-    for key, held in list(_HELD.items()):
-        variable = held.variable()
-        back = variable is not None and variable._value is not None
-        if variable is None or (back and held.trainer() is trainer):
-            _HELD.pop(key, None)
-
-
-def _held(variable: Any) -> Any:
-    """Return the array that a trainer has taken out of a variable, or None."""
-    held = _HELD.get(id(variable))
-    if held is None or held.variable() is not variable:
-        return None
-    state = getattr(held.trainer(), "_jax_state", None) or {}
-    return state[held.kind][held.place] if held.kind in state else held.first()
 
 
 #: Of a millisecond each: for as long as a step may have given a value away.
@@ -256,17 +253,25 @@ def _reading(original: property) -> property:
     """Wrap ``Variable.value``."""
 
     def value(self: Any) -> Any:
-        if self._value is None and id(self) in _HELD and not in_stateless_scope():
+        if self._value is None and id(self) in HELD and not in_stateless_scope():
             for _ in range(_TRIES):
-                view = _view_of(_held(self))
-                if view is not None:  # as an array of its own: the trainer's is given away
-                    return self._maybe_autocast(tensor(view))
-                if id(self) not in _HELD:  # it is back
+                own = _own(held_value(self))
+                if own is not None:  # the trainer's is given away
+                    return self._maybe_autocast(own)
+                if id(self) not in HELD:  # it is back
                     break
                 time.sleep(0.001)
         return original.__get__(self)
 
     return property(value, doc=original.__doc__)
+
+
+def _own(value: Any) -> jax.Array | None:
+    """Return an array of the same content that nobody gives away; None if it is gone."""
+    if value is None or not _on_host(value):
+        return _twin(value)
+    view = _view_of(value)
+    return None if view is None else tensor(view)
 
 
 def version() -> str:

@@ -1,28 +1,36 @@
-"""TensorFlow: views of variables without a copy, tensors with one at most."""
+"""TensorFlow: views of variables without a copy, tensors with one at most.
+
+Copies between devices are TensorFlow's own, by ``tf.identity``. It waits for each, and holds its
+source until then (``TensorHandle::CopyToDevice``,
+``tensorflow/core/common_runtime/eager/tensor_handle.cc``), but where a user has turned synchronous
+execution off.
+"""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import weakref
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
-from keras.src.backend.tensorflow.trackable import KerasAutoTrackable
-from keras.src.utils.tracking import DotNotTrackScope
-from tensorflow.python.eager.polymorphic_function.polymorphic_function import Function as _Function
-from tensorflow.python.trackable.data_structures import ListWrapper, _DictWrapper
 
-from dask_keras_serialize.backends import ADDED, Array, behind
-from dask_keras_serialize.errors import DecodeError, EncodeError
+from dask_keras_serialize.backends import Array, behind, borrowed
+from dask_keras_serialize.backends.tensorflow_objects import REDUCED as REDUCED
+from dask_keras_serialize.backends.tensorflow_objects import SHELLS as SHELLS
+from dask_keras_serialize.backends.tensorflow_objects import TENSORS as TENSORS
+from dask_keras_serialize.backends.tensorflow_objects import adopt as adopt
+from dask_keras_serialize.backends.tensorflow_objects import drop as drop
+from dask_keras_serialize.backends.tensorflow_objects import mend as mend
+from dask_keras_serialize.backends.tensorflow_objects import reduce as reduce
+from dask_keras_serialize.backends.tensorflow_objects import shell as shell
+from dask_keras_serialize.cuda import DeviceFrame, Loan, address_in
 from dask_keras_serialize.frames import ALIGNMENT, allocate
 
 #: dtypes that have no buffer, nor a bitcast to one that has.
 _NO_BUFFER = frozenset(map(tf.as_dtype, ("float8_e4m3fn", "float8_e5m2", "string")))
+
+_BFLOAT16 = np.dtype(tf.bfloat16.as_numpy_dtype)
 
 
 def view(variable: Any) -> Array:
@@ -41,18 +49,31 @@ def view(variable: Any) -> Array:
 
     Notes
     -----
-    Copies: none for a variable in host memory, one for float8 (its dtype has no
-    buffer and no bitcast) or a variable on another device.
+    Copies: none for a variable in host memory, one for a variable on a GPU, and one
+    for float8 (its dtype has no buffer and no bitcast).
     """
+    return _view_of(_value_of(variable))
+
+
+def views(variables: Sequence[Any]) -> list[Array]:
+    """View several; TensorFlow waits for each copy from another device."""
+    return [view(variable) for variable in variables]
+
+
+def _value_of(variable: Any) -> tf.Tensor:
     value = variable.value
     if isinstance(value, tf.distribute.DistributedValues):  # as get_weights() has it
-        tensor = tf.convert_to_tensor(value)
-    elif isinstance(value, tf.Variable):  # as value.value() does, in half the time
-        tensor = tf.raw_ops.ReadVariableOp(resource=value.handle, dtype=value.dtype)
-    else:
-        tensor = tf.convert_to_tensor(value)
+        return tf.convert_to_tensor(value)
+    if isinstance(value, tf.Variable):  # as value.value() does, in half the time
+        return tf.raw_ops.ReadVariableOp(resource=value.handle, dtype=value.dtype)
+    return tf.convert_to_tensor(value)
+
+
+def _view_of(tensor: tf.Tensor) -> Array:
     dtype = tensor.dtype
-    if dtype in _NO_BUFFER or not tensor.device.endswith("CPU:0"):
+    if not tensor.device.endswith("CPU:0"):
+        tensor = _to("CPU:0", tensor)
+    if dtype in _NO_BUFFER:
         array: Array = np.asarray(tensor.numpy())  # of a scalar it makes no array
     else:
         # the buffer protocol has no letter for bfloat16; a bitcast shares the memory
@@ -62,6 +83,11 @@ def view(variable: Any) -> Array:
         array = known
     array.flags.writeable = False
     return array
+
+
+def _to(device: str, tensor: tf.Tensor) -> tf.Tensor:
+    with tf.device(device):
+        return tf.identity(tensor)
 
 
 class _View(np.ndarray[Any, np.dtype[Any]]):
@@ -85,9 +111,9 @@ def tensor(array: Array) -> tf.Tensor:
     Returns
     -------
     tf.Tensor
-        In host memory. It never writes to memory it adopted, so that several may adopt
-        the same: the first update of such a variable goes to memory of its own
-        (``Tensor::RefCountIsOne``, ``tensorflow/core/framework/tensor.cc``).
+        Where new variables go: in host memory, or on a GPU. It never writes to memory it
+        adopted, so that several may adopt the same: the first update of such a variable goes to
+        memory of its own (``Tensor::RefCountIsOne``, ``tensorflow/core/framework/tensor.cc``).
 
     Notes
     -----
@@ -96,22 +122,111 @@ def tensor(array: Array) -> tf.Tensor:
     wants it, which it adopts by DLPack; else one, into memory that is. What is not aligned
     would abort the process on first use; what is read-only numpy does not export.
     ``tf.constant`` copies twice (``tensorflow/python/framework/constant_op.py``,
-    ``convert_to_eager_tensor``), as it still does here for float8, which has no bitcast.
+    ``convert_to_eager_tensor``), as it still does here for float8, which has no bitcast. Where
+    variables go to a GPU, one to there, out of the array itself.
     """
     shared = _tensor_behind(array)
     if shared is not None:
         return shared
     if "float8" in array.dtype.name or array.dtype == object:  # strings
         return tf.constant(array)
+    moved = _moved(array)
+    if moved is not None:
+        return moved
     if not array.flags.writeable or array.ctypes.data % ALIGNMENT or not array.flags.c_contiguous:
         own = allocate(array.nbytes)
         own[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         array = own.view(array.dtype).reshape(array.shape)
-    if array.dtype == tf.bfloat16.as_numpy_dtype:
-        bits: Any = array.view(np.uint16)
-        return tf.bitcast(tf.experimental.dlpack.from_dlpack(bits.__dlpack__()), tf.bfloat16)
-    typed: Any = array
-    return tf.experimental.dlpack.from_dlpack(typed.__dlpack__())
+    bits: Any = array.view(_bits(array.dtype))
+    return _typed(tf.experimental.dlpack.from_dlpack(bits.__dlpack__()), array.dtype)
+
+
+def _bits(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return a dtype that DLPack has, of the same size."""
+    return np.dtype(np.uint16) if dtype == _BFLOAT16 else dtype
+
+
+def _typed(tensor: tf.Tensor, dtype: np.dtype[Any]) -> tf.Tensor:
+    return tensor if _bits(dtype) is dtype else tf.bitcast(tensor, dtype)
+
+
+def _device() -> str | None:
+    """Return where new variables go; None for the host's memory."""
+    if len(tf.config.list_logical_devices()) < 2:
+        return None
+    device: str = tf.zeros(()).device  # of whatever scope this is in
+    return device if _is_gpu(device) else None
+
+
+def _is_gpu(device: str) -> bool:
+    return "device:GPU:" in device
+
+
+def _moved(array: Array) -> tf.Tensor | None:
+    """Copy an array to the GPU where new variables go, out of its own memory; None if to none."""
+    device = _device()
+    if device is None or not tf.config.experimental.get_synchronous_execution():
+        return None
+    bits: Any = borrowed(array).view(_bits(array.dtype))
+    source = tf.experimental.dlpack.from_dlpack(bits.__dlpack__())
+    moved = _to(device, source)
+    if not _is_gpu(moved.backing_device):  # as of int32: what it has is this array's memory
+        return None
+    with tf.device(device):
+        return _typed(moved, array.dtype)
+
+
+def on_gpu(variable: Any) -> bool:
+    """Say whether a variable lies on one GPU."""
+    value = variable._value
+    mirrored = isinstance(value, tf.distribute.DistributedValues)
+    return isinstance(value, tf.Variable) and not mirrored and _is_gpu(value.device)
+
+
+def device_frames(variables: Sequence[Any]) -> list[DeviceFrame | None]:
+    """Lend values where they are.
+
+    Notes
+    -----
+    Copies: none. TensorFlow copies on write while a capsule lives, and has waited for the GPU when
+    it makes one (``TFE_TensorHandleDevicePointer``, ``tensorflow/c/eager/c_api.cc``).
+    """
+    return [_frame(_value_of(variable)) for variable in variables]
+
+
+def _frame(tensor: tf.Tensor) -> DeviceFrame | None:
+    if tensor.dtype in _NO_BUFFER:
+        return None
+    capsule = tf.experimental.dlpack.to_dlpack(tensor)
+    address = address_in(capsule)
+    if address is None:
+        return None
+    nbytes = tensor.dtype.size * tensor.shape.num_elements()
+    return DeviceFrame(address, nbytes, capsule, functools.partial(_view_of, tensor))
+
+
+def device_tensor(
+    frame: DeviceFrame, dtype: np.dtype[Any], shape: Sequence[int]
+) -> tf.Tensor | None:
+    """Turn a device frame into a tensor.
+
+    Notes
+    -----
+    Copies: one, on the GPU; the frame is free when it is done.
+    """
+    device = _device()
+    if device is None or tf.as_dtype(dtype) in _NO_BUFFER:
+        return None
+    loan = Loan(frame, _bits(dtype), shape, int(device.rpartition(":")[2]))
+    lent = tf.experimental.dlpack.from_dlpack(loan.__dlpack__())
+    try:
+        with tf.device(device):
+            # never in place, for it does not own this memory
+            tensor = _typed(tf.raw_ops.Snapshot(input=lent), dtype)
+    except tf.errors.OpError:  # not on the GPU for this dtype
+        return None
+    tf.test.experimental.sync_devices()
+    return tensor
 
 
 def _tensor_behind(array: Array) -> tf.Tensor | None:
@@ -161,136 +276,3 @@ def version() -> str:
 STRINGS = True
 
 ONE_STEP = False
-
-#: Tensors as users hold them.
-TENSORS = (tf.__internal__.EagerTensor,)
-
-#: Classes that :func:`reduce` knows, and that copy themselves in a way of their own.
-REDUCED = (_DictWrapper, _Function)
-
-#: Classes of TensorFlow's own that become shells beside Keras's, when by value.
-SHELLS = (ListWrapper,)
-
-_State = dict[str, Any]
-
-
-def shell(cls: type) -> Any:
-    """Make an empty ListWrapper; its sentinel, which holds weak references, is new."""
-    return cls([])
-
-
-def reduce(obj: Any) -> tuple[Any, ...] | None:
-    """Reduce a _DictWrapper, a proxy pickle cannot take, to the dict it wraps; a tensor."""
-    if isinstance(obj, TENSORS):  # past copyreg's table, where it is a parcel of its own
-        reduced: tuple[Any, ...] = obj.__reduce__()
-        return reduced
-    if isinstance(obj, _Function):
-        # what it has traced holds graphs; a clone has traced nothing
-        clone = obj._clone(None)
-        return _function, (clone.python_function, clone.__getstate__())
-    if isinstance(obj, _DictWrapper):
-        return dict, (), None, None, iter(obj.items())
-    return None
-
-
-def _function(python_function: Any, state: _State) -> Any:
-    function = tf.function(python_function)
-    function.__setstate__(state | {"_python_function": python_function})
-    return function
-
-
-def drop(obj: Any, state: _State) -> None:
-    """Leave out of a state what TensorFlow can make again and pickle cannot take."""
-    if isinstance(obj, ListWrapper):
-        del state["_self_attribute_sentinel"]
-    if isinstance(obj, keras.layers.TFSMLayer):
-        _drop_saved_model(obj, state)
-    wrapped = [name for name, value in state.items() if isinstance(value, _DictWrapper)]
-    if wrapped:
-        state[_WRAPPED] = wrapped
-    if _DEPENDENCIES in state:
-        # what was dropped from the attributes, functions above all, is tracked here too
-        gone = {name for name, value in vars(obj).items() if state.get(name) is not value}
-        gone.update(wrapped)
-        # a class of TensorFlow's, which another backend could not load
-        state[_DEPENDENCIES] = [tuple(ref) for ref in state[_DEPENDENCIES] if ref.name not in gone]
-        state[_NAMES] = {k: v for k, v in state[_NAMES].items() if k not in gone}
-    for name in _STRATEGIES & state.keys():
-        state[name] = None
-
-
-def mend(obj: Any, state: _State) -> None:
-    """Make again what :func:`drop` left out."""
-    if isinstance(obj, keras.layers.TFSMLayer):
-        _mend_saved_model(obj)
-    for name in _STRATEGIES & vars(obj).keys():
-        # as TFOptimizer and TensorFlowTrainer do (keras/src/backend/tensorflow): that of the scope
-        # it is rebuilt in
-        needed = name == "_distribution_strategy" or tf.distribute.has_strategy()
-        obj.__dict__[name] = tf.distribute.get_strategy() if needed else None
-    if _DEPENDENCIES in vars(obj):
-        reference = tf.__internal__.tracking.TrackableReference
-        obj.__dict__[_DEPENDENCIES] = [reference(*pair) for pair in vars(obj)[_DEPENDENCIES]]
-    for name in vars(obj).pop(_WRAPPED, ()):
-        if name in vars(obj):
-            tf.__internal__.tracking.AutoTrackable.__setattr__(obj, name, vars(obj).pop(name))
-
-
-def adopt(obj: Any) -> None:
-    """Track what the attributes hold, for checkpoints and SavedModels."""
-    if isinstance(obj, KerasAutoTrackable):
-        if "_tracked" in vars(obj):
-            obj.__dict__["_tracked"] = []
-        with DotNotTrackScope():  # Keras tracks already, and forbids more in what is built
-            for name, value in list(vars(obj).items()):
-                if not ADDED["tensorflow"].fullmatch(name):
-                    del obj.__dict__[name]  # or it is taken to be set already
-                    KerasAutoTrackable.__setattr__(obj, name, value)
-
-
-def _drop_saved_model(layer: Any, state: _State) -> None:
-    """Send the files a TFSMLayer was loaded from (``keras/src/export/tfsm_layer.py``)."""
-    folder = Path(layer.filepath)
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
-    if not files:
-        raise EncodeError(
-            f"layer {layer.name!r} is a TFSMLayer whose SavedModel is no longer in {folder}: keep "
-            "the folder for as long as the layer is sent"
-        )
-    state[_SAVED_MODEL] = {
-        name: np.frombuffer(path.read_bytes(), np.uint8)
-        for name, path in files.items()
-        if path.is_file()
-    }
-    for name in _LOADED:
-        state.pop(name, None)
-
-
-def _mend_saved_model(layer: Any) -> None:
-    """Load the files from a folder that goes when the layer goes; give it its variables."""
-    folder = tempfile.mkdtemp(prefix="dask-keras-serialize-")
-    weakref.finalize(layer, shutil.rmtree, folder, ignore_errors=True)
-    for name, content in vars(layer).pop(_SAVED_MODEL).items():
-        path = Path(folder, *PurePosixPath(name).parts)
-        if not path.resolve().is_relative_to(Path(folder).resolve()):
-            raise DecodeError(f"layer {layer.name!r}: {name!r} lies outside its SavedModel")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.tobytes())
-    layer.__dict__["filepath"] = folder
-    loaded = keras.layers.TFSMLayer(folder, layer.call_endpoint, layer.call_training_endpoint)
-    for ours, theirs in zip(layer.variables, loaded.variables, strict=True):
-        theirs.assign(ours.value)
-        ours._value = theirs.value
-    for name in _LOADED:
-        if name in vars(loaded):
-            layer.__dict__[name] = vars(loaded)[name]
-
-
-#: What of a TFSMLayer holds functions of TensorFlow's.
-_LOADED = ("_reloaded_obj", "call_endpoint_fn", "call_training_endpoint_fn")
-_SAVED_MODEL = "files of the SavedModel"
-_DEPENDENCIES = "_self_unconditional_checkpoint_dependencies"
-_NAMES = "_self_unconditional_dependency_names"
-_WRAPPED = "wrapped by tensorflow"
-#: Where an optimizer and a model keep the tf.distribute strategy that they were made under.
-_STRATEGIES = frozenset({"_distribution_strategy", "_distribute_strategy"})

@@ -10,17 +10,37 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
-from weakref import WeakValueDictionary, ref
+from weakref import WeakValueDictionary
 
 import keras
 import ml_dtypes
 import numpy as np
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
-from dask_keras_serialize.backends import Array, behind, tensor_of
+from dask_keras_serialize.backends import Array, behind, borrowed, tensor_of
+from dask_keras_serialize.backends.torch_objects import SHELLS as SHELLS
+from dask_keras_serialize.backends.torch_objects import adopt as adopt
+from dask_keras_serialize.backends.torch_objects import drop as drop
+from dask_keras_serialize.backends.torch_objects import initialize as initialize
+from dask_keras_serialize.backends.torch_objects import is_plain, owner_of, value_of
+from dask_keras_serialize.backends.torch_objects import mend as mend
+from dask_keras_serialize.backends.torch_objects import no_config_holds as no_config_holds
+from dask_keras_serialize.backends.torch_objects import place as place
+from dask_keras_serialize.backends.torch_objects import placement as placement
+from dask_keras_serialize.backends.torch_objects import shell as shell
+from dask_keras_serialize.cuda import DeviceFrame
+
+try:
+    from keras.src.backend.torch.core import get_device
+except ImportError:  # then Keras moves what is made here
+
+    def get_device() -> str:
+        """Say that values are made on the host."""
+        return "cpu"
+
 
 #: dtypes numpy lacks, as (same-sized dtype both have, ml_dtypes' dtype)
 _BITS: dict[torch.dtype, tuple[torch.dtype, Any]] = {
@@ -54,67 +74,55 @@ def view(variable: Any) -> Array:
     Copies: none for a tensor in host memory that PyTorch allocated; else one, as for one that
     adopted the memory it was received in.
     """
-    tensor = variable.value.detach()
-    raw = np.asarray(_Memory(_own_view(tensor)))
+    return views([variable])[0]
+
+
+def views(variables: Sequence[Any]) -> list[Array]:
+    """View several; copies from a GPU are under way together, into memory pinned for them."""
+    tensors = [variable.value.detach() for variable in variables]
+    here = [_own_view(tensor) for tensor in tensors]
+    _wait_for(tensors)
+    return [_as_array(tensor) for tensor in here]
+
+
+def _as_array(tensor: torch.Tensor) -> Array:
+    raw = np.asarray(_Memory(tensor))
     return raw.view(_numpy_dtype(tensor.dtype)).reshape(tuple(tensor.shape))
 
 
+def _wait_for(tensors: Sequence[torch.Tensor]) -> None:
+    """Wait until GPUs are done with what this thread has asked of them."""
+    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+
+
 def _own_view(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor that nobody writes to, of the same content, contiguous, on the host."""
+    """Return a tensor that nobody writes to, of the same content, contiguous, on the host.
+
+    From a GPU it may still be under way: :func:`_wait_for` it.
+    """
     with _WRITES:  # or an update under way in another thread would show, or half of it
-        if LAZY and tensor.device.type == "cpu" and tensor.is_contiguous():
+        if LAZY and _on_cpu(tensor) and tensor.is_contiguous():
             try:
                 return tensor._lazy_clone()
             except RuntimeError:  # memory that it did not allocate cannot change hands
                 pass
-        return tensor.to("cpu", copy=True).contiguous()
+        if _on_cpu(tensor):
+            return tensor.clone(memory_format=torch.contiguous_format)
+        tensor = tensor.contiguous()
+        if tensor.is_cuda:
+            with contextlib.suppress(RuntimeError):  # no more memory can be pinned
+                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                return host.copy_(tensor, non_blocking=True)
+        return tensor.to("cpu")
+
+
+def _on_cpu(tensor: torch.Tensor) -> bool:
+    return bool(tensor.device.type == "cpu")
 
 
 #: Held by who writes to variables, and who takes a view of one.
 _WRITES = threading.RLock()
-
-
-def placement(variable: Any) -> list[int] | None:
-    """Say in which order a value's axes lie in memory; None if as they are.
-
-    Some initializers transpose, and sums of a transposed kernel are rounded otherwise.
-    """
-    value = variable.value
-    if value.is_contiguous():
-        return None
-    order = sorted(range(value.dim()), key=lambda axis: -value.stride(axis))
-    return order if value.permute(order).is_contiguous() else None
-
-
-def place(tensor: torch.Tensor, placement: list[int]) -> torch.Tensor:
-    """Lay a tensor out so; one copy."""
-    back = sorted(range(len(placement)), key=placement.__getitem__)
-    return tensor.permute(placement).contiguous().permute(back)
-
-
-def no_config_holds(layer: Any) -> str | None:
-    """Say what was done to a layer as to a module of torch's: hooks, buffers, frozen tensors."""
-    attributes = vars(layer)
-    for name in _MODULE:
-        if attributes.get(name):
-            return f"layer {layer.name!r} has {name.strip('_')} of torch's"
-    own = (*layer._trainable_variables, *layer._non_trainable_variables)
-    frozen = next((v for v in own if _learns(v) not in (None, v.trainable)), None)
-    return f"variable {frozen.path!r} has another requires_grad" if frozen is not None else None
-
-
-#: Where torch's modules keep what users register with them.
-_MODULE = [
-    name for name, value in vars(torch.nn.Module()).items() if isinstance(value, (dict, set))
-]
-_MODULE.remove("_modules")  # that is where Keras's layers are
-
-
-def _learns(variable: Any) -> bool | None:
-    """Return a value's requires_grad; None where there is none to set."""
-    value = variable._value
-    floating = value is not None and (value.is_floating_point() or value.is_complex())
-    return bool(value.requires_grad) if floating else None
 
 
 def slots() -> Iterator[tuple[Any, str, Any]]:
@@ -172,18 +180,35 @@ def tensor(array: Array) -> torch.Tensor:
     Returns
     -------
     torch.Tensor
-        In host memory.
+        Where Keras puts new variables.
 
     Notes
     -----
     Copies: none of a writeable array, and none of a view of a tensor of this process, until
-    one of the two is written to; else one.
+    one of the two is written to; else one. To another device one, out of the array itself.
     """
+    device = _device()
+    if device is not None:
+        return _of(borrowed(array)).to(device)
+    return _on_host(array)
+
+
+def _device() -> torch.device | None:
+    """Return where Keras puts new variables; None for the host's memory."""
+    name = get_device()
+    device = None if name == "cpu" else torch.device(name)
+    return None if device is None or device.type == "cpu" else device
+
+
+def _on_host(array: Array) -> torch.Tensor:
     shared = _tensor_behind(array)
     if shared is not None:
         return shared
-    if not array.flags.writeable:
-        array = array.copy()  # training would write to what is read-only
+    return _of(array if array.flags.writeable else array.copy())  # training writes to it
+
+
+def _of(array: Array) -> torch.Tensor:
+    """Return a tensor of an array's memory."""
     if array.dtype in _DTYPES:
         bits, dtype = _DTYPES[array.dtype]
         width = {1: np.uint8, 2: np.int16}[array.dtype.itemsize]
@@ -199,8 +224,8 @@ def tensor_in(array: Array, memory: Array) -> torch.Tensor:
     Copies: none if ``memory`` is writeable, which is given away.
     """
     if not memory.flags.writeable:
-        return tensor(array)
-    like = tensor(np.empty(0, array.dtype))
+        return _on_host(array)
+    like = _of(np.empty(0, array.dtype))
     size = array.itemsize
     offset = array.ctypes.data - memory.ctypes.data if array.size else 0
     steps = [step // size for step in array.strides]
@@ -218,6 +243,52 @@ def _tensor_behind(array: Array) -> torch.Tensor | None:
     return _own_view(base.tensor).reshape(array.shape)
 
 
+def on_gpu(variable: Any) -> bool:
+    """Say whether a variable lies on a GPU."""
+    return bool(variable._value is not None and variable._value.is_cuda)
+
+
+def device_frames(variables: Sequence[Any]) -> list[DeviceFrame | None]:
+    """Take snapshots of values where they are.
+
+    Notes
+    -----
+    Copies: one on the GPU, for training writes to a tensor's memory in place.
+    """
+    with _WRITES:
+        values = [variable.value.detach() for variable in variables]
+        clones = [value.clone(memory_format=torch.contiguous_format) for value in values]
+    _wait_for(clones)
+    return [DeviceFrame(c.data_ptr(), c.nbytes, c, partial(_as_array, c)) for c in clones]
+
+
+def device_tensor(
+    frame: DeviceFrame, dtype: np.dtype[Any], shape: Sequence[int]
+) -> torch.Tensor | None:
+    """Turn a device frame into a tensor.
+
+    Notes
+    -----
+    Copies: none of one that is the receiver's own, which training then writes to; else one, on the
+    GPU.
+    """
+    if not _takes_frames():
+        return None
+    raw = _adopted(frame if frame.writeable else frame.own())
+    if not frame.writeable:
+        raw = raw.clone()
+        _wait_for([raw])  # before the frame goes
+    return raw.view(_of(np.empty(0, dtype)).dtype).reshape(tuple(shape))
+
+
+def _takes_frames() -> bool:
+    return bool(torch.device(get_device()).type == "cuda")
+
+
+def _adopted(frame: DeviceFrame) -> torch.Tensor:
+    return torch.as_tensor(frame, device="cuda")
+
+
 def version() -> str:
     """Return PyTorch's version."""
     return str(torch.__version__)
@@ -233,13 +304,6 @@ TENSORS: tuple[type, ...] = ()
 
 REDUCED: tuple[type, ...] = (torch.nn.Parameter, torch.Tensor)
 
-SHELLS: tuple[type, ...] = ()
-
-
-def shell(cls: type) -> Any:
-    """Never called: there are no classes in SHELLS."""
-    raise TypeError(cls)
-
 
 def reduce(obj: Any) -> tuple[Any, ...] | None:
     """Reduce a parameter of a user's module that is a variable's value to that variable's.
@@ -249,26 +313,14 @@ def reduce(obj: Any) -> tuple[Any, ...] | None:
     if type(obj) is torch.dtype:  # pickled by name alone, which no other backend could find
         return dtype_of, (str(obj).rpartition(".")[2],)
     if type(obj) is torch.Tensor:
-        return _reduce_tensor(obj) if LAZY and _is_plain(obj) else None
-    owner = _OWNERS.get(obj) if isinstance(obj, torch.nn.Parameter) else None
-    variable = owner() if owner is not None else None
-    if variable is None or variable._value is not obj:
-        return None
-    return _value_of, (variable,)
+        return _reduce_tensor(obj) if LAZY and is_plain(obj) else None
+    variable = owner_of(obj)
+    return None if variable is None else (value_of, (variable,))
 
 
 def dtype_of(name: str) -> Any:
     """Return a dtype by its name."""
     return getattr(torch, name)
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Say whether a tensor is no more than numbers in memory."""
-    return (
-        tensor.layout == torch.strided
-        and not (tensor.requires_grad or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
-        and not (tensor.is_meta or vars(tensor))
-    )
 
 
 def _reduce_tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -287,59 +339,3 @@ def _reduce_tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
 #: Arrays of the memory of tensors on their way out, by where it is: tensors that share theirs
 #: travel with the same array, for as long as nobody writes to it.
 _MEMORIES: WeakValueDictionary[tuple[int, int], Any] = WeakValueDictionary()
-
-#: Variables by the parameters of modules in a TorchModuleWrapper, which they share.
-_OWNERS: Any = WeakIdKeyDictionary()
-
-
-def _value_of(variable: Any) -> torch.nn.Parameter:
-    """Return a variable's value; one that is not filled yet gets an empty one."""
-    value = vars(variable).get("_value")
-    if value is None:
-        value = variable.__dict__["_value"] = torch.nn.Parameter(torch.empty(0))
-    parameter: torch.nn.Parameter = value
-    return parameter
-
-
-def initialize(variable: Any, tensor: torch.Tensor) -> None:
-    """Give a new variable its value; one that a module has already got is filled."""
-    shared = vars(variable).get("_value")
-    variable._initialize(tensor)
-    if shared is not None:
-        shared.data, shared.requires_grad = variable._value.data, variable._value.requires_grad
-        variable._value = shared
-
-
-def drop(obj: Any, state: dict[str, Any]) -> None:
-    """Leave out what torch's modules list of a layer's variables by themselves."""
-    if isinstance(obj, keras.Variable) and _learns(obj) not in (None, obj.trainable):
-        state[_LEARNS] = _learns(obj)
-    if isinstance(obj, keras.layers.TorchModuleWrapper):
-        for variable in obj.variables:
-            _OWNERS[variable._value] = ref(variable)
-    if isinstance(obj, torch.nn.Module):
-        modules = dict(state.get("_modules", ()))
-        # among the attributes where a __setattr__ of its own goes past torch's, as KerasHub's
-        if any(part.pop(_PARAMETERS, None) is not None for part in (modules, state)):
-            state |= {"_modules": modules, _LISTED: True}
-
-
-def mend(obj: Any, state: dict[str, Any]) -> None:
-    """List a layer's variables again (``keras/src/backend/torch/layer.py``)."""
-    if isinstance(obj, keras.Variable) and _LEARNS in vars(obj):
-        obj._value.requires_grad_(vars(obj).pop(_LEARNS))
-    if isinstance(obj, torch.nn.Module) and vars(obj).pop(_LISTED, False):
-        obj._track_variables()
-
-
-def adopt(obj: Any) -> None:
-    """Keep modules where torch's modules keep them."""
-    if isinstance(obj, torch.nn.Module):
-        for name, value in list(vars(obj).items()):
-            if isinstance(value, torch.nn.Module):
-                obj._modules[name] = obj.__dict__.pop(name)
-
-
-_PARAMETERS = "_torch_params"
-_LISTED = "variables listed by torch"
-_LEARNS = "requires_grad"
