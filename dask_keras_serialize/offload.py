@@ -19,6 +19,8 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from dask_keras_serialize.cuda import on_device
+
 #: What every parcel's pickle, and the header of every value of Dask's family, has in it.
 _MARKS = (b"dask_keras_serialize", b"dask-keras-serialize")
 
@@ -79,6 +81,8 @@ def _finish(coroutine: Callable[[], Coroutine[Any, Any, Any]]) -> tuple[bool, An
 def _ours(frames: Sequence[Any]) -> bool:
     """Say whether a message has one of Keras's objects in it."""
     for frame in frames:
+        if on_device(frame):
+            continue
         view = memoryview(frame).cast("B")
         content = bytes(view[: _PICKLE if view[:1].tobytes() == b"\x80" else _HEADER])
         if any(mark in content for mark in _MARKS):

@@ -27,9 +27,10 @@ What is taken, and what of it is private (each has a test that fails when it mov
   the buffers that comms receive into. Ours are the same, but aligned, so that backends
   use them in place (:func:`dask_keras_serialize.frames.host_array`). Where it is not
   found nothing is taken, and what arrives is copied once.
-- ``from_frames`` and ``to_frames`` of ``distributed.comm.tcp`` and ``ws``: messages with Keras's
-  objects in them are taken apart and put together on threads of their own, see
-  :mod:`dask_keras_serialize.offload`. Where they are not found, small ones hold the event loop.
+- ``from_frames`` and ``to_frames`` of ``distributed.comm.tcp``, ``ws`` and distributed-ucxx:
+  messages with Keras's objects in them are taken apart and put together on threads of their
+  own, see :mod:`dask_keras_serialize.offload`. Where they are not found, small ones hold the
+  event loop.
 - ``Client.map``: a model among its keyword arguments becomes a task of its own, so
   that it goes to each worker once. distributed 2026.8 does that for arguments over
   100 kB, but gives the task no priority, so that the scheduler raises
@@ -304,6 +305,7 @@ _TAKERS: dict[str, Callable[[Any], None]] = {
     "distributed.protocol.pickle": _take_pickler,
     "distributed.comm.tcp": _take_tcp,
     "distributed.comm.ws": _take_messages,
+    "distributed_ucxx.ucxx": _take_messages,
     "distributed.client": _take_client,
     "keras": _take_keras,
     "scikeras": _take_scikeras,

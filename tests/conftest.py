@@ -7,6 +7,7 @@ import subprocess
 import sys
 import venv
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
@@ -15,7 +16,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras  # the suite fails where it is missing; nothing is skipped
 import pytest
-from distributed import Client
+from distributed import Client, LocalCluster
 
 from dask_keras_serialize import backends
 
@@ -122,6 +123,16 @@ def start_cluster(
             client.wait_for_workers(len(environments), timeout=60)
         address: str = client.scheduler.address
     return address
+
+
+@contextmanager
+def local_client(threads: int = 1) -> Iterator[Client]:
+    """A client of a scheduler in this process and two worker processes, backends not loaded."""
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=threads, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
 
 
 @pytest.fixture

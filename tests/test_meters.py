@@ -3,12 +3,12 @@
 import pickle
 
 import pytest
-from distributed import Client, LocalCluster
 from distributed.metrics import context_meter
 
 from dask_keras_serialize.by_config import variables_of
 from dask_keras_serialize.meters import PACK, PLACE, REBUILD
 from tests import zoo
+from tests.conftest import local_client
 
 
 def metered(function, *args):
@@ -48,10 +48,7 @@ def same(model):
 @pytest.mark.cluster
 def test_a_worker_tells_the_dashboard():
     model = zoo.build("trained")
-    with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
-        Client(cluster) as client,
-    ):
+    with local_client() as client:
         here, there = client.scheduler_info()["workers"]
         value = client.scatter(model, workers=[here])
         client.submit(same, value, workers=[there], pure=False).result()

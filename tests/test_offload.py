@@ -7,10 +7,11 @@ import threading
 import keras
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster, Worker
+from distributed import Client, Worker
 
 from dask_keras_serialize import BusyError, aside, register, unregister
 from tests import zoo
+from tests.conftest import local_client
 
 #: Seconds; what is asked for takes no time where the event loop is free to answer.
 SOON = 20
@@ -58,10 +59,7 @@ def asking(nbytes):
 
 @pytest.fixture(scope="module")
 def client():
-    with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
-        Client(cluster) as client,
-    ):
+    with local_client() as client:
         yield client
 
 

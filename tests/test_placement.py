@@ -8,13 +8,13 @@ from pathlib import Path
 
 import keras
 import pytest
-from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster
+from distributed import Client, Nanny, Scheduler, SpecCluster
 from distributed.diagnostics import nvml
 
 from dask_keras_serialize import PlaceKeras, PlacementError, backends
 from dask_keras_serialize.devices import Limits
 from tests import zoo
-from tests.conftest import ROOT, start_cluster
+from tests.conftest import ROOT, local_client, start_cluster
 
 HERE = keras.backend.backend()
 
@@ -83,10 +83,7 @@ def test_memory_is_bytes_and_a_part_of_the_card(monkeypatch):
 @pytest.fixture
 def client():
     """A client of two worker processes that have not loaded a backend."""
-    with (
-        LocalCluster(n_workers=2, threads_per_worker=2, dashboard_address=":0") as cluster,
-        Client(cluster) as client,
-    ):
+    with local_client(threads=2) as client:
         yield client
 
 

@@ -5,18 +5,15 @@ import time
 import keras
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster
 
 from dask_keras_serialize import PlacementError, WarmKeras
 from tests import zoo
+from tests.conftest import local_client
 
 
 @pytest.fixture(scope="module")
 def client():
-    with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
-        Client(cluster) as client,
-    ):
+    with local_client() as client:
         yield client
 
 
