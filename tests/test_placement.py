@@ -159,7 +159,7 @@ def test_what_dask_cuda_has_set_is_left():
         i: {"cls": Nanny, "options": {"nthreads": 1, "env": {"CUDA_VISIBLE_DEVICES": visible}}}
         for i, visible in enumerate(seen)
     }
-    scheduler = {"cls": Scheduler, "options": {"dashboard": False}}
+    scheduler = {"cls": Scheduler, "options": {"dashboard_address": ":0"}}
     with SpecCluster(workers, scheduler) as cluster, Client(cluster) as client:
         client.wait_for_workers(2, timeout=60)
         client.register_plugin(PlaceKeras(memory="growth"))
