@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -158,6 +159,51 @@ def or_keras(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
         return original(value) or holds_keras(value, 0)
 
     return always_use_pickle_for
+
+
+def saying_gpu(original: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    """Wrap what a comm tells its peer of this process: whether it has a GPU.
+
+    As the driver says, which has no need of CUDA itself: that would settle which GPUs it may use.
+    """
+
+    @functools.wraps(original)
+    def handshake_info(self: Any) -> dict[str, Any]:
+        nvml = sys.modules.get("distributed.diagnostics.nvml")
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() not in ("", "-1")
+        has = shown and nvml is not None and nvml.device_get_count() > 0
+        return original(self) | {_GPU: has}
+
+    return handshake_info
+
+
+def only_to_gpus(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``write`` of a comm that sends a GPU's memory: models go by the host to who has none.
+
+    distributed-ucxx asks the "cuda" family whoever receives, and breaks the connection where
+    memory for such a frame cannot be had (``UCXX.read``, ``distributed_ucxx/ucxx.py``).
+    """
+
+    @functools.wraps(original)
+    async def write(self: Any, msg: Any, serializers: Any = None, *args: Any, **kwargs: Any) -> Any:
+        there = (getattr(self, "remote_info", None) or {}).get(_GPU, False)
+        if not there and any(map(holds_keras, values_in(msg))):
+            families = serializers or ("dask", "pickle", "error")
+            serializers = tuple(family for family in families if family != "cuda")
+        return await original(self, msg, serializers, *args, **kwargs)
+
+    return write
+
+
+_GPU = f"{FORMAT} gpu"
+
+
+def values_in(message: Any) -> Iterable[Any]:
+    """Return the values that a message hands over, to be serialized as it is written."""
+    data = message.get("data") if type(message) is dict else None
+    if type(data) is not dict:
+        return ()
+    return [value.data for value in data.values() if type(value).__name__ == "Serialize"]
 
 
 def _may_share(value: Any) -> bool:

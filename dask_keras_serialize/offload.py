@@ -15,10 +15,11 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from dask_keras_serialize.cluster import holds_keras, values_in
 from dask_keras_serialize.cuda import on_device
 
 #: What every parcel's pickle, and the header of every value of Dask's family, has in it.
@@ -26,6 +27,9 @@ _MARKS = (b"dask_keras_serialize", b"dask-keras-serialize")
 
 #: Bytes that are looked through: of a pickle, and of any other frame, which is a header or numbers.
 _PICKLE, _HEADER = 10 << 20, 65536
+
+#: How a pickle begins, of every protocol that has a beginning.
+_PICKLES = {b"\x80" + bytes([protocol]) for protocol in range(2, 6)}
 
 _Comm = Callable[..., Coroutine[Any, Any, Any]]
 
@@ -44,19 +48,16 @@ def reading(original: _Comm) -> _Comm:
     return from_frames
 
 
-def writing(holds_keras: Callable[[Any], bool]) -> Callable[[_Comm], _Comm]:
-    """Return what wraps ``to_frames`` of a comm; told by ``holds_keras`` what a value is."""
+def writing(original: _Comm) -> _Comm:
+    """Wrap ``to_frames`` of a comm."""
 
-    def wrap(original: _Comm) -> _Comm:
-        @functools.wraps(original)
-        async def to_frames(msg: Any, *args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("allow_offload", True) and any(map(holds_keras, _values(msg))):
-                return await _in_thread(original, msg, *args, **kwargs)
-            return await original(msg, *args, **kwargs)
+    @functools.wraps(original)
+    async def to_frames(msg: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("allow_offload", True) and any(map(holds_keras, values_in(msg))):
+            return await _in_thread(original, msg, *args, **kwargs)
+        return await original(msg, *args, **kwargs)
 
-        return to_frames
-
-    return wrap
+    return to_frames
 
 
 async def _in_thread(original: _Comm, *args: Any, **kwargs: Any) -> Any:
@@ -84,15 +85,7 @@ def _ours(frames: Sequence[Any]) -> bool:
         if on_device(frame):
             continue
         view = memoryview(frame).cast("B")
-        content = bytes(view[: _PICKLE if view[:1].tobytes() == b"\x80" else _HEADER])
+        content = bytes(view[: _PICKLE if view[:2].tobytes() in _PICKLES else _HEADER])
         if any(mark in content for mark in _MARKS):
             return True
     return False
-
-
-def _values(message: Any) -> Iterable[Any]:
-    """Return what a message carries to be serialized: the values of one that hands over data."""
-    data = message.get("data") if type(message) is dict else None
-    if type(data) is not dict:
-        return ()
-    return [value.data for value in data.values() if type(value).__name__ == "Serialize"]

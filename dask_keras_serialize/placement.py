@@ -37,9 +37,9 @@ class PlaceKeras(WorkerPlugin):  # type: ignore[misc]
     backend : {"tensorflow", "jax", "torch"}, optional
         That Keras has to run on there; chosen where Keras is not loaded yet.
     device : int, "gpu", "cpu" or dict, optional
-        Which of the GPUs in ``CUDA_VISIBLE_DEVICES``, as dask-cuda sets it for each worker, by its
-        place there; the first; or none at all. Or one for each worker's name: ``{0: 0, 1: 1}`` for
-        a LocalCluster of two.
+        Which of the GPUs in ``CUDA_VISIBLE_DEVICES``, by its place there: dask-cuda sets that for
+        each worker, its own first. ``"gpu"`` is the first; by default a worker has all of them. Or
+        one for each worker's name: ``{0: 0, 1: 1}`` for a LocalCluster of two.
     memory : "growth", int, str or float, optional
         Of the GPU: taken as it is needed; or at most that many bytes (``"4 GiB"``), or that part
         of the card's (``0.25``). TensorFlow and JAX take a limit at once, torch as it is needed.
@@ -103,8 +103,12 @@ class PlaceKeras(WorkerPlugin):  # type: ignore[misc]
             If it cannot be done there, or any more.
         """
         try:
-            await asyncio.to_thread(self._for(worker.name)._place, worker.state.nthreads)
-        except PlacementError as error:
+            mine = self._for(worker.name)
+            nthreads = worker.state.nthreads
+            await asyncio.to_thread(mine._place, nthreads)
+            limits = devices.Limits(threads=mine._cores(nthreads), tasks=nthreads)
+            await devices.settle_threads(worker.executors["default"], limits)
+        except (PlacementError, devices.StartedError) as error:
             raise PlacementError(f"worker {worker.address} ({worker.name!r}): {error}") from None
 
     def _for(self, name: Any) -> PlaceKeras:
@@ -166,11 +170,16 @@ class PlaceKeras(WorkerPlugin):  # type: ignore[misc]
             backend.settle(self._limits(nthreads))
         except devices.StartedError as error:
             raise PlacementError(f"{_RESTART} ({error})") from error
-        if self.device not in (None, "cpu") and not backend.gpus():
+        chosen = self.device not in (None, "cpu")
+        if (chosen or isinstance(self.memory, (int, float))) and not backend.gpus():
+            asked = f"device={self.device!r}" if chosen else f"memory={self.memory!r}"
             raise PlacementError(
-                f"device={self.device!r} is asked for, and Keras on {here!r} finds no GPU there "
+                f"{asked} is asked for, and Keras on {here!r} finds no GPU there "
                 f"({_VISIBLE} was {before!r}): install its GPU build, or use device='cpu'"
             )
+        shown = devices.driver_gpus() if chosen else 1
+        if shown is not None and shown > 1:  # somebody has asked the driver before us
+            raise PlacementError(f"{_RESTART} (CUDA shows it {shown} GPUs, not the one)")
         if self.policy is not None:
             from dask_keras_serialize import private
 
@@ -248,6 +257,8 @@ _RESTART = (
 
 
 def _set(visible: str | None) -> None:
+    # as NVML counts, by which they were chosen; CUDA's own order is by speed
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     if visible is None:
         os.environ.pop(_VISIBLE, None)
     else:

@@ -38,6 +38,9 @@ What is taken, and what of it is private (each has a test that fails when it mov
   taken for one (``distributed/client.py``, ``_MapExpr._layer``).
 - ``Client.scatter`` and ``Client.submit``: ask first whether all workers have this
   package.
+- ``handshake_info`` of ``distributed.comm.core.Comm``, and ``write`` of distributed-ucxx: processes
+  say whether they have a GPU, and those that have none get no models in a GPU's memory. Where
+  ``handshake_info`` is not found, nobody says so, and models go by the host.
 - ``cuda_serialize``, ``cuda_deserialize``, public: models on a GPU for comms that send a GPU's
   memory, as those of distributed-ucxx.
 - the "dask" and "cuda" families of serializers, public: load models by their own header, without
@@ -61,8 +64,9 @@ import wrapt
 from dask_keras_serialize.cluster import (
     announce,
     explain_error,
-    holds_keras,
+    only_to_gpus,
     or_keras,
+    saying_gpu,
     serialize_together,
     wrap_client,
 )
@@ -194,7 +198,7 @@ def _take_collections(serialize: Any) -> None:
 
 
 def _wrap(slot: str, module: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
-    """Wrap a function of a module, if it is there."""
+    """Wrap a function of a module or class, if it is there."""
     if slot in _before or not hasattr(module, name):
         return
     original = getattr(module, name)
@@ -232,7 +236,17 @@ def _take_tcp(tcp: Any) -> None:
 
 def _take_messages(comm: Any) -> None:
     _wrap(f"{comm.__name__} in", comm, "from_frames", reading)
-    _wrap(f"{comm.__name__} out", comm, "to_frames", writing(holds_keras))
+    _wrap(f"{comm.__name__} out", comm, "to_frames", writing)
+
+
+def _take_handshake(core: Any) -> None:
+    _wrap("handshake", core.Comm, "handshake_info", saying_gpu)
+
+
+def _take_ucxx(comm: Any) -> None:
+    _take_messages(comm)
+    if hasattr(comm, "UCXX"):
+        _wrap("cuda out", comm.UCXX, "write", only_to_gpus)
 
 
 def _take_buffers(tcp: Any) -> None:
@@ -305,7 +319,8 @@ _TAKERS: dict[str, Callable[[Any], None]] = {
     "distributed.protocol.pickle": _take_pickler,
     "distributed.comm.tcp": _take_tcp,
     "distributed.comm.ws": _take_messages,
-    "distributed_ucxx.ucxx": _take_messages,
+    "distributed.comm.core": _take_handshake,
+    "distributed_ucxx.ucxx": _take_ucxx,
     "distributed.client": _take_client,
     "keras": _take_keras,
     "scikeras": _take_scikeras,

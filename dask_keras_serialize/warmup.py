@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from distributed import Future
@@ -95,6 +93,11 @@ class WarmKeras(WorkerPlugin):  # type: ignore[misc]
                 logger.warning("%s is nowhere any more: it is not warmed up", self.key)
                 return
             await worker.gather(holders)
+            if self.key not in worker.data:
+                raise PlacementError(
+                    f"worker {worker.address} ({worker.name!r}): {self.key} could not be "
+                    f"fetched from {', '.join(holders[self.key])}: look into their logs"
+                )
             await worker.scheduler.add_keys(worker=worker.address, keys=[self.key])
         try:
             await asyncio.to_thread(self._run, worker.data[self.key])
@@ -145,14 +148,14 @@ class _Keeper:
 
 _REMOVE, _MANAGER = "remove-replicas", "active_memory_manager"
 
-#: By worker: a process may hold several.
-_keepers: WeakKeyDictionary[Any, _Keeper] = WeakKeyDictionary()
-
 
 def _keeper(worker: Any) -> _Keeper:
-    if worker not in _keepers:
-        _keepers[worker] = _Keeper(weakref.proxy(worker))
-    return _keepers[worker]
+    """Return a worker's, which goes with it."""
+    name = f"{FORMAT} keeper"
+    if name not in worker.extensions:
+        worker.extensions[name] = _Keeper(worker)
+    keeper: _Keeper = worker.extensions[name]
+    return keeper
 
 
 def _zeros(shape: Shape, dtype: str | None, inputs: Sequence[Any]) -> Any:

@@ -155,20 +155,20 @@ def device_frames(variables: Sequence[Any]) -> list[DeviceFrame | None]:
     -----
     Copies: one on the GPU, which no step of training can give away.
     """
-    twins = [_twin(_value_of(variable)) for variable in variables]
-    return [None if twin is None else _frame(jax.block_until_ready(twin)) for twin in twins]
+    return [_frame(_twin(_value_of(variable))) for variable in variables]
 
 
 def _twin(value: Any) -> jax.Array | None:
-    """Copy an array where it lies; None if it is not there any more."""
+    """Copy an array where it lies; None if that cannot be."""
     try:
-        return None if value is None else jax.device_put(value, value.sharding, may_alias=False)
-    except RuntimeError:  # given away to a step of training in another thread
+        # not device_put(may_alias=False), which before jax 0.6 shared the memory all the same
+        return None if value is None else jax.block_until_ready(jnp.array(value, copy=True))
+    except RuntimeError:  # given away to a step of training in another thread; or no memory left
         return None
 
 
 def _frame(twin: Any) -> DeviceFrame | None:
-    address = address_in(twin.__dlpack__())
+    address = None if twin is None else address_in(twin.__dlpack__())
     if address is None:
         return None
     return DeviceFrame(address, twin.nbytes, twin, partial(np.asarray, twin))
@@ -187,7 +187,7 @@ def device_tensor(
     if not _is_gpu(device):
         return None
     lent = jax.dlpack.from_dlpack(Loan(frame, dtype, shape, device.local_hardware_id))
-    return jax.block_until_ready(jax.device_put(lent, device, may_alias=False))
+    return _twin(lent)
 
 
 def initialize(variable: Any, tensor: Any) -> None:

@@ -30,6 +30,9 @@ from dask_keras_serialize.frames import ALIGNMENT, allocate
 #: dtypes that have no buffer, nor a bitcast to one that has.
 _NO_BUFFER = frozenset(map(tf.as_dtype, ("float8_e4m3fn", "float8_e5m2", "string")))
 
+#: dtypes whose values stay on the host even if a GPU is named (``VarHandleOp`` and ``Identity``).
+_ON_HOST = frozenset({tf.int32, tf.string})
+
 _BFLOAT16 = np.dtype(tf.bfloat16.as_numpy_dtype)
 
 
@@ -180,7 +183,9 @@ def on_gpu(variable: Any) -> bool:
     """Say whether a variable lies on one GPU."""
     value = variable._value
     mirrored = isinstance(value, tf.distribute.DistributedValues)
-    return isinstance(value, tf.Variable) and not mirrored and _is_gpu(value.device)
+    if mirrored or not isinstance(value, tf.Variable) or value.dtype in _ON_HOST:
+        return False
+    return _is_gpu(value.device)
 
 
 def device_frames(variables: Sequence[Any]) -> list[DeviceFrame | None]:

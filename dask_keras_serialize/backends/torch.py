@@ -256,10 +256,19 @@ def device_frames(variables: Sequence[Any]) -> list[DeviceFrame | None]:
     Copies: one on the GPU, for training writes to a tensor's memory in place.
     """
     with _WRITES:
-        values = [variable.value.detach() for variable in variables]
-        clones = [value.clone(memory_format=torch.contiguous_format) for value in values]
-    _wait_for(clones)
-    return [DeviceFrame(c.data_ptr(), c.nbytes, c, partial(_as_array, c)) for c in clones]
+        clones = [_clone(variable.value.detach()) for variable in variables]
+    _wait_for([clone for clone in clones if clone is not None])
+    return [
+        None if c is None else DeviceFrame(c.data_ptr(), c.nbytes, c, partial(_as_array, c))
+        for c in clones
+    ]
+
+
+def _clone(tensor: torch.Tensor) -> torch.Tensor | None:
+    try:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    except RuntimeError:  # no memory left: it goes by the host
+        return None
 
 
 def device_tensor(

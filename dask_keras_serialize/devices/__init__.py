@@ -6,6 +6,8 @@ One module for each backend, with the same verbs:
     Whether the backend has started its devices, after which little can be changed.
 ``settle(limits)``
     Sets :class:`Limits`. Raises :class:`StartedError` if it cannot any more.
+``settle_thread(limits)``
+    Sets what each thread has of its own, on a thread that may have computed before.
 ``gpus()``
     Names of the GPUs that the backend uses; starts them.
 ``memory()``
@@ -18,6 +20,9 @@ Which GPU a process sees is the driver's to say, for all backends: ``CUDA_VISIBL
 
 from __future__ import annotations
 
+import asyncio
+import ctypes
+import threading
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol, cast
@@ -66,6 +71,9 @@ class Devices(Protocol):
     def settle(self, limits: Limits) -> None:
         """Set limits; StartedError if that cannot be done any more."""
 
+    def settle_thread(self, limits: Limits) -> None:
+        """Set those that a thread has of its own."""
+
     def gpus(self) -> list[str]:
         """Start the devices; return the names of the GPUs among them."""
 
@@ -81,6 +89,53 @@ def current() -> Devices:
     name, _ = backends.current()
     module: Any = import_module(f"{__name__}.{name}")
     return cast(Devices, module)
+
+
+#: Seconds to wait for threads that run tasks.
+_PATIENCE = 10.0
+
+
+async def settle_threads(executor: Any, limits: Limits) -> None:
+    """Set limits that threads have of their own on all of a pool that may have computed before.
+
+    Parameters
+    ----------
+    executor : ThreadPoolExecutor
+        Of ``limits.tasks`` threads.
+    limits : Limits
+
+    Raises
+    ------
+    StartedError
+        If they run tasks that do not end.
+    """
+    if not getattr(executor, "_threads", True):  # there are none yet: they will take the process's
+        return
+    together = threading.Barrier(limits.tasks, timeout=_PATIENCE)
+
+    def settle() -> None:
+        together.wait()
+        current().settle_thread(limits)
+
+    settled = [asyncio.wrap_future(executor.submit(settle)) for _ in range(limits.tasks)]
+    try:
+        await asyncio.gather(*settled)
+    except threading.BrokenBarrierError:
+        raise StartedError(
+            "its threads have computed before, and run tasks that do not end: place workers before "
+            "they are given any"
+        ) from None
+
+
+def driver_gpus() -> int | None:
+    """Ask CUDA's driver how many GPUs it shows this process, for good; None where it is not."""
+    count = ctypes.c_int()
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+        failed = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else count.value
 
 
 def describe() -> str:

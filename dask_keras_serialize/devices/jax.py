@@ -28,7 +28,7 @@ def settle(limits: Limits) -> None:
     if limits.threads is not None:
         wanted["NPROC"] = str(limits.threads)
     if limits.fraction is not None:
-        wanted["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{limits.fraction:.4f}"
+        wanted[_part_name()] = repr(limits.fraction)
     elif limits.growth:
         wanted["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     new = {name: value for name, value in wanted.items() if os.environ.get(name) != value}
@@ -41,6 +41,16 @@ def settle(limits: Limits) -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
+def _part_name() -> str:
+    """Return the name that a part of the card is told by: the new one fails beside the old."""
+    new, old = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    return new if new in os.environ else old
+
+
+def settle_thread(limits: Limits) -> None:
+    """Do nothing: threads share a pool."""
+
+
 def gpus() -> list[str]:
     """Return the names of the GPUs in use."""
     return [str(device) for device in jax.devices() if device.platform != "cpu"]
@@ -50,11 +60,11 @@ def memory() -> str:
     """Say how memory is taken, by the names in :func:`settle`; JAX's default is 75 %."""
     if os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR") == "platform":
         return "as needed"
-    part = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
+    part = os.environ.get(_part_name())
     at_once = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower()
     if at_once in ("false", "0"):
-        return "as needed"
-    return f"{part} of the card's at once"
+        return f"as needed, up to {part} of the card's" if part else "as needed"
+    return f"{part or '0.75'} of the card's at once"
 
 
 def threads() -> int | None:

@@ -10,14 +10,18 @@ from dask_keras_serialize.devices import Limits, StartedError
 
 
 def started() -> bool:
-    """Say whether the context is made: it then refuses another number of threads."""
-    threads = tf.config.threading.get_inter_op_parallelism_threads()
+    """Say whether TensorFlow has looked what devices there are; True where it does not tell.
+
+    Nothing public says so without looking itself, ``tf.config.threading`` included
+    (``Context.config``, ``tensorflow/python/eager/context.py``).
+    """
     try:
-        tf.config.threading.set_inter_op_parallelism_threads(threads + 1)
-    except RuntimeError:
+        from tensorflow.python.eager import context
+
+        made = context._context
+        return made is not None and (made._initialized or made._physical_devices is not None)
+    except (ImportError, AttributeError):
         return True
-    tf.config.threading.set_inter_op_parallelism_threads(threads)
-    return False
 
 
 def settle(limits: Limits) -> None:
@@ -36,8 +40,12 @@ def settle(limits: Limits) -> None:
                 tf.config.set_logical_device_configuration(gpu, [limit])
             elif limits.growth:
                 tf.config.experimental.set_memory_growth(gpu, True)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # ValueError: it was configured otherwise
         raise StartedError(str(error)) from error
+
+
+def settle_thread(limits: Limits) -> None:
+    """Do nothing: threads share a pool."""
 
 
 def gpus() -> list[str]:

@@ -19,11 +19,17 @@ def settle(limits: Limits) -> None:
     if limits.cpu and gpus():
         raise StartedError("Keras has chosen the GPU")
     if limits.threads is not None:
-        torch.set_num_threads(max(1, limits.threads // limits.tasks))
+        settle_thread(limits)  # and every thread that has not computed yet
         with contextlib.suppress(RuntimeError):  # in use: there are as many as cores
             torch.set_num_interop_threads(limits.threads)
     if limits.fraction is not None and gpus():
         torch.cuda.set_per_process_memory_fraction(limits.fraction, 0)
+
+
+def settle_thread(limits: Limits) -> None:
+    """Set the number of threads of the pool that this thread has of its own."""
+    if limits.threads is not None:
+        torch.set_num_threads(max(1, limits.threads // limits.tasks))
 
 
 def gpus() -> list[str]:
