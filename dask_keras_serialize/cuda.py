@@ -106,7 +106,8 @@ def received(buffer: Any, owner: str, *, keep: bool = False) -> DeviceFrame:
         shape, item = tuple(interface["shape"]), int(interface["typestr"][2:])
         address, readonly = interface["data"]
         strides = interface.get("strides")
-        if strides is not None and tuple(strides) != _strides(shape, item):
+        steps = zip(shape, strides or (), _strides(shape, item), strict=strides is not None)
+        if any(there != step for n, there, step in steps if n != 1):
             raise ValueError(f"strides {strides}")
         nbytes = math.prod(shape) * item
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -22,11 +22,11 @@ from typing import Any
 from dask_keras_serialize.cluster import holds_keras, values_in
 from dask_keras_serialize.cuda import on_device
 
-#: What every parcel's pickle, and the header of every value of Dask's family, has in it.
-_MARKS = (b"dask_keras_serialize", b"dask-keras-serialize")
+#: What every parcel's pickle has in it, and early, the header of every value of Dask's family.
+_IN_PICKLES, _IN_HEADERS = b"dask_keras_serialize", b"dask-keras-serialize"
 
-#: Bytes that are looked through: of a pickle, and of any other frame, which is a header or numbers.
-_PICKLE, _HEADER = 10 << 20, 65536
+#: Bytes that are looked through.
+_PICKLE, _HEADER = 10 << 20, 4096
 
 #: How a pickle begins, of every protocol that has a beginning.
 _PICKLES = {b"\x80" + bytes([protocol]) for protocol in range(2, 6)}
@@ -81,11 +81,16 @@ def _finish(coroutine: Callable[[], Coroutine[Any, Any, Any]]) -> tuple[bool, An
 
 def _ours(frames: Sequence[Any]) -> bool:
     """Say whether a message has one of Keras's objects in it."""
-    for frame in frames:
-        if on_device(frame):
-            continue
+    return any(map(_marked, frames))
+
+
+def _marked(frame: Any) -> bool:
+    if on_device(frame):
+        return False
+    try:
         view = memoryview(frame).cast("B")
-        content = bytes(view[: _PICKLE if view[:2].tobytes() in _PICKLES else _HEADER])
-        if any(mark in content for mark in _MARKS):
-            return True
-    return False
+    except (TypeError, ValueError):  # no run of bytes, which ours are
+        return False
+    if view[:2].tobytes() in _PICKLES:
+        return _IN_PICKLES in bytes(view[:_PICKLE])
+    return _IN_HEADERS in bytes(view[:_HEADER])  # else it is numbers

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import click
 from dask import config
-from dask.utils import parse_bytes
 from distributed.diagnostics import nvml
 from distributed.diagnostics.plugin import WorkerPlugin
 
@@ -58,7 +57,7 @@ class PlaceKeras(WorkerPlugin):  # type: ignore[misc]
         By ``client.register_plugin``: names the worker that cannot do so, and why. The scheduler
         keeps the plugin all the same, until it is given another or
         ``client.unregister_worker_plugin(PlaceKeras.name)``: a worker that joins later, or is
-        restarted, and cannot does not start.
+        restarted, and cannot is closed, with a warning on the client.
 
     Examples
     --------
@@ -79,18 +78,26 @@ class PlaceKeras(WorkerPlugin):  # type: ignore[misc]
     ) -> None:
         if backend is not None and backend not in NAMES:
             raise ValueError(f"backend={backend!r} is none of {', '.join(NAMES)}")
+        if device == {}:
+            raise ValueError("device={} names no worker")
         for each in device.values() if isinstance(device, dict) else [device]:
-            if not (each in (None, "gpu", "cpu") or (_is_number(each, int) and int(each) >= 0)):
+            if not (
+                each in (None, "gpu", "cpu") or (devices.is_number(each, int) and int(each) >= 0)
+            ):
                 raise ValueError(f"device={each!r} is no number of a GPU from 0, 'gpu' or 'cpu'")
         if device == "cpu" and memory is not None:
             raise ValueError(f"memory={memory!r} is the GPU's, and device='cpu' forbids it")
-        if not (threads in (None, "worker") or (_is_number(threads, int) and int(threads) > 0)):
+        if not (
+            threads in (None, "worker") or (devices.is_number(threads, int) and int(threads) > 0)
+        ):
             raise ValueError(f"threads={threads!r} is no number of cores from 1, or 'worker'")
         if policy is not None and not isinstance(policy, str):
             raise ValueError(f"policy={policy!r} is no name of a dtype policy")
+        if policy is not None and "keras" in sys.modules:
+            sys.modules["keras"].dtype_policies.get(policy)  # ValueError if there is none such
         self.backend = backend
         self.device: Any = device
-        self.memory = _memory(memory)
+        self.memory = devices.memory_limit(memory)
         self.threads = threads
         self.policy = policy
 
@@ -109,7 +116,10 @@ class PlaceKeras(WorkerPlugin):  # type: ignore[misc]
             limits = devices.Limits(threads=mine._cores(nthreads), tasks=nthreads)
             await devices.settle_threads(worker.executors["default"], limits)
         except (PlacementError, devices.StartedError) as error:
-            raise PlacementError(f"worker {worker.address} ({worker.name!r}): {error}") from None
+            cannot = PlacementError(f"worker {worker.address} ({worker.name!r}): {error}")
+            if _joins():
+                _turn_away(worker, cannot)
+            raise cannot from None
 
     def _for(self, name: Any) -> PlaceKeras:
         """Return what is asked of the worker of a name."""
@@ -251,9 +261,25 @@ def forbids_gpus() -> bool:
 
 
 _RESTART = (
-    "its backend has started its devices: place workers before they get a model, or restart them "
-    "by client.restart()"
+    "its backend has started its devices: place workers before they get a model, or restart them, "
+    "as client.restart() does those that have a nanny"
 )
+
+
+def _joins() -> bool:
+    """Say whether a worker is just joining: its plugins are then asked in tasks of their own.
+
+    distributed goes on whatever they raise (``Worker._register_with_scheduler``).
+    """
+    task = asyncio.current_task()
+    coroutine = None if task is None else task.get_coro()
+    return getattr(coroutine, "__qualname__", "") == "Worker.plugin_add"
+
+
+def _turn_away(worker: Any, error: PlacementError) -> None:
+    """Close a worker, and let clients know: without limits it could take all of a GPU."""
+    worker.log_event("warn", f"{error}; it is closed")  # a topic that clients warn of
+    worker.loop.add_callback(worker.close, reason=f"{FORMAT} placement")
 
 
 def _set(visible: str | None) -> None:
@@ -274,31 +300,6 @@ def _card_bytes() -> int:
             f"how much memory its GPU has is not known ({error!r}): pip install nvidia-ml-py "
             "there, or use memory='growth'"
         ) from error
-
-
-def _is_number(value: Any, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _memory(memory: Any) -> str | int | float | None:
-    """Return what stands for a limit: "growth", bytes as int, a part of the card as float."""
-    if memory is None:
-        return None
-    if memory == "growth":
-        return "growth"
-    if isinstance(memory, str):
-        try:
-            memory = int(parse_bytes(memory))
-        except ValueError as error:
-            raise ValueError(f"memory={memory!r} is no number of bytes, or 'growth'") from error
-    if _is_number(memory, int) and memory >= 1 << 20:
-        return int(memory)
-    if _is_number(memory, float) and 0 < memory <= 1:
-        return float(memory)
-    raise ValueError(
-        f"memory={memory!r} is neither 'growth', nor bytes from 1 MiB, nor a part of the card "
-        "between 0.0 and 1.0"
-    )
 
 
 def _number(value: Any) -> Any:

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ from distributed import Future
 from distributed.diagnostics.plugin import WorkerPlugin
 
 from dask_keras_serialize.errors import PlacementError
-from dask_keras_serialize.header import FORMAT
+from dask_keras_serialize.header import FORMAT, ITEMSIZE
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +57,10 @@ class WarmKeras(WorkerPlugin):  # type: ignore[misc]
     Notes
     -----
     Workers keep the model until the future is released. The batch is of zeros; variables that a
-    prediction changes are put back. On TensorFlow batches of another size are traced again, once;
-    JAX compiles for each size. A worker that joins when the future is gone starts without it.
+    prediction changes are put back, also those that another thread trains meanwhile. On TensorFlow
+    batches of another size are traced again, once; JAX compiles for each size, also for what
+    remains of a chunk: register one for each. A worker that joins when the future is gone starts
+    without it, and a model that a worker has spilled is another one when it is read again.
 
     Examples
     --------
@@ -71,7 +75,9 @@ class WarmKeras(WorkerPlugin):  # type: ignore[misc]
                 f"WarmKeras takes the future of a model, not a {type(model).__name__}: make one by "
                 "client.scatter(model, broadcast=True), and give it to tasks"
             )
-        _zeros(batch_shape, dtype, [])  # which says what is wrong with them, here
+        _check(batch_shape)
+        if dtype is not None and dtype not in ITEMSIZE:
+            raise ValueError(f"dtype={dtype!r} is none of {', '.join(ITEMSIZE)}")
         # the future itself would start a client on each worker
         self.key = model.key
         self.batch_shape = batch_shape
@@ -99,29 +105,38 @@ class WarmKeras(WorkerPlugin):  # type: ignore[misc]
                     f"fetched from {', '.join(holders[self.key])}: look into their logs"
                 )
             await worker.scheduler.add_keys(worker=worker.address, keys=[self.key])
-        try:
-            await asyncio.to_thread(self._run, worker.data[self.key])
-        except Exception as error:  # a model's own code
+        model = worker.data[self.key]
+        error = await asyncio.to_thread(self._run, model)
+        if error is not None:
+            said = _STYLE.sub("", str(error))
             raise PlacementError(
-                f"worker {worker.address} ({worker.name!r}): {self.key} cannot predict on zeros of "
-                f"shape {self.batch_shape}: {error!r}"
-            ) from None
+                f"worker {worker.address} ({worker.name!r}): {getattr(model, 'name', model)!r} "
+                f"({self.key}) cannot predict on zeros of shape {self.batch_shape}: "
+                f"{type(error).__name__}: {said}"
+            )
 
     def teardown(self, worker: Any) -> None:
         """Let Dask take the model back."""
         _keeper(worker).keys[self.key] -= 1
 
-    def _run(self, model: Any) -> None:
+    def _run(self, model: Any) -> Exception | None:
+        """Predict; return what that raised: of all, asyncio cannot hand on a StopIteration."""
         from dask_keras_serialize import backends, states
 
         backend = backends.current()[1]
-        kept = [variable for variable in model.variables if not variable.trainable]
-        before = [states.view(variable, backend, self.key) for variable in kept]
-        x = _zeros(self.batch_shape, self.dtype, getattr(model, "inputs", None) or [])
-        model.predict(x, batch_size=len(next(_leaves(x))), verbose=0)
-        for variable, value in zip(kept, before, strict=True):
-            if states.view(variable, backend, self.key).tobytes() != value.tobytes():
-                variable.assign(value)
+        try:
+            x = _zeros(self.batch_shape, self.dtype, getattr(model, "inputs", None) or [])
+            if not model.built:
+                model(_symbols(x))
+            before = states.views(model.variables, backend, self.key)
+            model.predict(x, batch_size=_rows(x), verbose=0)
+            after = states.views(model.variables, backend, self.key)
+            for variable, old, new in zip(model.variables, before, after, strict=True):
+                if old.tobytes() != new.tobytes():
+                    variable.assign(old)
+        except Exception as error:  # a model's own code
+            return error
+        return None
 
 
 class _Keeper:
@@ -146,6 +161,9 @@ class _Keeper:
         self._remove(keys=rest, stimulus_id=stimulus_id, **more)
 
 
+#: How Keras colours what it says for terminals.
+_STYLE = re.compile(r"\x1b\[[0-9;]*m")
+
 _REMOVE, _MANAGER = "remove-replicas", "active_memory_manager"
 
 
@@ -158,23 +176,42 @@ def _keeper(worker: Any) -> _Keeper:
     return keeper
 
 
+def _check(shape: Any) -> None:
+    """Raise ValueError unless it is a shape, or shapes in lists or dicts."""
+    if isinstance(shape, Mapping):
+        parts = list(shape.values())
+    elif isinstance(shape, (list, tuple)) and not all(isinstance(n, Integral) for n in shape):
+        parts = list(shape)
+    else:
+        right = isinstance(shape, (list, tuple)) and shape and min(shape) > 0
+        parts = [] if right else [None]
+    if (not parts and isinstance(shape, Mapping)) or None in parts or isinstance(shape, str):
+        raise ValueError(
+            f"batch_shape={shape!r} is no shape of a batch, such as (32, 8): its size comes first, "
+            "all are numbers from 1; lists or dicts of such for several inputs"
+        )
+    for part in parts:
+        _check(part)
+
+
 def _zeros(shape: Shape, dtype: str | None, inputs: Sequence[Any]) -> Any:
     """Make a batch of zeros; of the dtype that each input has, by name or by place."""
     if isinstance(shape, Mapping):
         named = {each.name: [each] for each in inputs}
         return {key: _zeros(each, dtype, named.get(key, [])) for key, each in shape.items()}
-    if any(not isinstance(each, int) for each in shape):
+    if not all(isinstance(each, Integral) for each in shape):
         return [_zeros(each, dtype, inputs[i : i + 1]) for i, each in enumerate(shape)]
-    if not shape or min(shape) < 1:
-        raise ValueError(
-            f"batch_shape={shape} is no shape of a batch: its size comes first, from 1"
-        )
     return np.zeros(tuple(shape), dtype or (inputs[0].dtype if inputs else "float32"))
 
 
-def _leaves(x: Any) -> Iterator[Any]:
-    if isinstance(x, np.ndarray):
-        yield x
-    else:
-        for each in x.values() if isinstance(x, dict) else x:
-            yield from _leaves(each)
+def _rows(x: Any) -> int:
+    while not isinstance(x, np.ndarray):
+        x = next(iter(x.values() if isinstance(x, dict) else x))
+    return len(x)
+
+
+def _symbols(x: Any) -> Any:
+    """Return what a model is built from without running it."""
+    import keras
+
+    return keras.tree.map_structure(lambda each: keras.KerasTensor(each.shape, str(each.dtype)), x)

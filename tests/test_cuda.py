@@ -4,18 +4,23 @@ An adapter is made to take the host's memory for a GPU's (tests/pretending.py); 
 has the same on a true one.
 """
 
+import asyncio
 import ctypes
 import gc
 import weakref
+from types import SimpleNamespace
 
 import keras
 import msgpack
 import numpy as np
 import pytest
 from distributed import protocol
+from distributed.comm.core import Comm
+from distributed.diagnostics import nvml
 from distributed.protocol.serialize import families
 
 from dask_keras_serialize import cuda
+from dask_keras_serialize.cluster import only_to_gpus
 from dask_keras_serialize.cuda import DeviceFrame
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.handlers import deserialize_keras, serialize_on_gpu
@@ -272,3 +277,36 @@ def test_an_address_on_the_host_is_none_on_a_gpu():
     memory = np.zeros(4, np.float32)
     assert cuda.address_in(memory.__dlpack__()) is None
     assert ctypes.sizeof(cuda._Managed) == 64  # of the C struct, on 64 bits
+
+
+def test_a_peer_without_a_gpu_gets_models_by_the_host(monkeypatch):
+    asked = []
+
+    class Ucxx:
+        """As distributed-ucxx's."""
+
+        def __init__(self, **remote_info):
+            self.remote_info = remote_info
+
+        async def write(self, msg, serializers=None):
+            asked.append(serializers)
+
+    monkeypatch.setattr(Ucxx, "write", only_to_gpus(Ucxx.write))
+    model = {"data": {"x": protocol.to_serialize(build())}}
+    array = {"data": {"x": protocol.to_serialize(np.ones(3))}}
+    said = Comm.handshake_info(SimpleNamespace(same_host=True))
+    ((name, has),) = ((name, value) for name, value in said.items() if "gpu" in name)
+    assert has is False
+    for comm, msg, serializers in [
+        (Ucxx(), model, FAMILIES),
+        (Ucxx(**{name: False}), model, None),
+        (Ucxx(**{name: True}), model, FAMILIES),
+        (Ucxx(), array, FAMILIES),
+    ]:
+        asyncio.run(comm.write(msg, serializers))
+    assert asked == [FAMILIES[1:], ("dask", "pickle", "error"), FAMILIES, FAMILIES]
+    monkeypatch.setattr(nvml, "device_get_count", lambda: 1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert Comm.handshake_info(SimpleNamespace(same_host=True))[name] is True
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert Comm.handshake_info(SimpleNamespace(same_host=True))[name] is False

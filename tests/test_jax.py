@@ -1,5 +1,6 @@
 """JAX's own: a trainer that takes the values out of a model for as long as it runs."""
 
+import os
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -106,3 +107,21 @@ def test_what_training_began_with_is_not_kept():
     trainable = len(model.trainable_variables)
     assert sum(value is None for value in first[-1]) >= trainable
     assert np.isfinite(model.predict(X, verbose=0)).all()
+
+
+def test_a_limit_is_told_by_the_name_that_is_set_already(monkeypatch):
+    from dask_keras_serialize.devices import Limits
+    from dask_keras_serialize.devices import jax as devices
+
+    monkeypatch.setattr(devices, "started", lambda: False)
+    old, new = "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"
+    for name in (old, new):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(old, "")  # so that it is taken back after the test
+    devices.settle(Limits(fraction=1e-5))
+    assert os.environ[old] == "1e-05"
+    monkeypatch.delenv(old)
+    monkeypatch.setenv(new, "0.5")
+    devices.settle(Limits(fraction=0.25))
+    assert os.environ[new] == "0.25"
+    assert old not in os.environ

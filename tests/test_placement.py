@@ -3,15 +3,16 @@
 import os
 import re
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import keras
 import pytest
-from distributed import Client, Nanny, Scheduler, SpecCluster
+from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster
 from distributed.diagnostics import nvml
 
-from dask_keras_serialize import PlaceKeras, PlacementError, backends
+from dask_keras_serialize import PlaceKeras, PlacementError, backends, devices
 from dask_keras_serialize.devices import Limits
 from tests import zoo
 from tests.conftest import ROOT, local_client, start_cluster
@@ -27,6 +28,9 @@ HERE = keras.backend.backend()
         ({"device": True}, "device=True is no number"),
         ({"device": "cuda"}, "device='cuda' is no number"),
         ({"device": {0: 0, 1: -1}}, "device=-1 is no number"),
+        ({"device": {}}, "device={} names no worker"),
+        ({"memory": "0.5"}, "memory='0.5' is neither"),
+        ({"policy": "float7"}, "float7"),
         ({"memory": "much"}, "memory='much' is no number of bytes"),
         ({"memory": 0.0}, "memory=0.0 is neither"),
         ({"memory": 1.5}, "memory=1.5 is neither"),
@@ -136,6 +140,47 @@ def test_workers_are_placed_before_their_backend_starts(client):
         client.register_plugin(PlaceKeras(backend=HERE, device="cpu"))
 
 
+def test_a_gpu_that_was_chosen_before_is_not_passed_over(monkeypatch):
+    class Backend:
+        def started(self):
+            return False
+
+        def settle(self, limits):
+            assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+
+        def gpus(self):
+            return ["GPU:0"]
+
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr(devices, "current", Backend)
+    monkeypatch.setattr(devices, "driver_gpus", lambda: 1)
+    PlaceKeras(device=1)._settle(1, "3,5")
+    # such as UCX did, before any plugin: the driver then shows all of them, whatever is set
+    monkeypatch.setattr(devices, "driver_gpus", lambda: 2)
+    with pytest.raises(PlacementError, match="CUDA shows it 2 GPUs, not the one"):
+        PlaceKeras(device=1)._settle(1, "3,5")
+
+
+@pytest.mark.cluster
+def test_a_later_worker_that_cannot_is_closed():
+    warned = []
+    with (
+        LocalCluster(n_workers=0, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        client.register_plugin(PlaceKeras(device=3))
+        client.subscribe_topic("warn", warned.append)  # in place of warning of it
+        cluster.scale(1)
+        until = time.monotonic() + 60
+        while not warned or client.scheduler_info()["workers"]:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        cluster.scale(0)
+    (_, said), *_ = warned
+    assert re.match(r"worker tcp://.*device=3 is asked for.*it is closed", said)
+
+
 @pytest.mark.cluster
 def test_each_worker_has_a_device_of_its_own(client):
     with pytest.raises(PlacementError, match=r"worker tcp://.* \(1\): .*says nothing of a worker"):
@@ -179,19 +224,24 @@ def test_what_a_worker_cannot_do_names_it(client):
         ({"device": "gpu"}, "device='gpu' is asked for"),
         ({"device": 7}, "device=7 is asked for"),
         ({"memory": "4 GiB"}, "how much memory its GPU has is not known"),
-        ({"policy": "mixed_float3"}, "policy='mixed_float3' is none there"),
+        ({"policy": "float16"}, "policy='mixed_float3' is none there"),
         ({"backend": other}, f"Keras runs on '{HERE}' there, not on '{other}'"),
     ]:
         expected = rf"worker tcp://.* \(\d\): .*{re.escape(said)}"
+        plugin = PlaceKeras(**arguments, threads=None)
+        plugin.policy = plugin.policy and "mixed_float3"  # as of a client without Keras
         with pytest.raises(PlacementError, match=expected) as info:
-            client.register_plugin(PlaceKeras(**arguments, threads=None))
+            client.register_plugin(plugin)
         assert "\n" not in str(info.value)
         assert set(client.run(os.getenv, "CUDA_VISIBLE_DEVICES").values()) == {None}
     worker = next(iter(client.scheduler_info()["workers"]))
     client.submit(threads_in_use, workers=[worker]).result()
     if HERE == "torch":  # which can be told at any time
+        for _ in range(8):  # on either of the worker's threads
+            assert client.submit(threads_in_use, workers=[worker], pure=False).result() == 4
         client.register_plugin(PlaceKeras(threads=2))
-        assert client.submit(threads_in_use, workers=[worker], pure=False).result() == 2
+        for _ in range(8):
+            assert client.submit(threads_in_use, workers=[worker], pure=False).result() == 2
     else:
         said = rf"worker {worker} .*has started its devices.*client\.restart"
         with pytest.raises(PlacementError, match=said):

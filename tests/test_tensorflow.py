@@ -3,6 +3,8 @@
 import asyncio
 import copy
 import pickle
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -149,3 +151,27 @@ def test_a_dataset_is_refused_by_name(on):
     obj.thing = tf.data.Dataset.range(3)
     with pytest.raises(EncodeError, match="attribute thing"):
         pickle.dumps(obj)
+
+
+def test_to_ask_whether_devices_were_started_starts_none():
+    script = """
+import keras
+from tensorflow.python.eager import context
+from dask_keras_serialize.devices import Limits, tensorflow
+assert not tensorflow.started()
+tensorflow.tf.config.threading.set_intra_op_parallelism_threads(1)
+assert context._context is None or context._context._physical_devices is None
+assert not tensorflow.started()
+tensorflow.settle(Limits(threads=1))
+assert tensorflow.started()  # which devices there are is known; limits can still be set
+tensorflow.settle(Limits(threads=2, growth=True))
+keras.ops.ones(3)
+try:
+    tensorflow.settle(Limits(threads=3))
+except RuntimeError as error:
+    print(type(error).__name__)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
+    assert run.stdout.strip() == "StartedError", run.stderr

@@ -1,12 +1,14 @@
 """A model is traced on every worker before the first task, and is the same after."""
 
+import gc
 import time
+import weakref
 
 import keras
 import numpy as np
 import pytest
 
-from dask_keras_serialize import PlacementError, WarmKeras
+from dask_keras_serialize import PlacementError, WarmKeras, warmup
 from tests import zoo
 from tests.conftest import local_client
 
@@ -42,8 +44,14 @@ WARM = (True, 1 if keras.backend.backend() == "torch" else 0)
 class Counts(keras.layers.Layer):
     """Counts its calls in a variable, as some layers keep averages."""
 
+    def __init__(self, counts_in_a_weight):
+        super().__init__()
+        self.counts_in_a_weight = counts_in_a_weight
+
     def build(self, shape):
-        self.calls = self.add_weight(shape=(), initializer="zeros", trainable=False, name="calls")
+        self.calls = self.add_weight(
+            shape=(), initializer="zeros", trainable=self.counts_in_a_weight, name="calls"
+        )
 
     def call(self, x):
         self.calls.assign(self.calls + 1)
@@ -130,10 +138,14 @@ def test_later_workers_are_warm_and_start_even_if_the_model_is_gone(client):
     client.wait_for_workers(4, timeout=60)
 
 
-def test_what_a_prediction_changes_is_put_back():
-    model = keras.Sequential([keras.Input((4,)), Counts(), keras.layers.BatchNormalization()])
+@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize("trainable", [True, False])
+def test_what_a_prediction_changes_is_put_back(built, trainable):
+    parts = [Counts(trainable), keras.layers.BatchNormalization()]
+    model = keras.Sequential([keras.Input((4,))] * built + parts)
+    assert model.built is built
+    assert _plugin((3, 4))._run(model) is None
     assert len(model.variables) == 5
-    WarmKeras._run(_plugin((3, 4)), model)
     assert float(model.layers[0].calls.numpy()) == 0
     model.predict(np.ones((3, 4)), verbose=0)
     assert float(model.layers[0].calls.numpy()) == 1
@@ -153,9 +165,36 @@ def test_several_inputs_of_their_own_dtypes(as_):
     model = keras.Model(given, Looks()(*inputs))
     del seen[:]
     shape = [(3, 2), (3, 2)] if as_ is list else {"words": (3, 2), "numbers": (3, 2)}
-    WarmKeras._run(_plugin(shape), model)
+    assert _plugin(shape)._run(model) is None
     names = {tuple(keras.backend.standardize_dtype(each) for each in pair) for pair in seen}
     assert names == {("int32", "float32")}
+
+
+class Stops(keras.layers.Layer):
+    def call(self, x):
+        raise StopIteration("no more")
+
+
+def test_an_error_of_the_model_s_own_is_returned():
+    model = keras.Sequential([Stops()])
+    assert "no more" in str(_plugin((3, 4))._run(model))
+
+
+def test_what_answers_for_a_worker_goes_with_it():
+    class Worker:
+        def __init__(self):
+            self.extensions = {}
+            self.stream_handlers = {"remove-replicas": self.remove}
+
+        def remove(self, **event):
+            pass
+
+    worker = Worker()
+    assert warmup._keeper(worker) is warmup._keeper(worker)
+    gone = weakref.ref(worker)
+    del worker
+    gc.collect()
+    assert gone() is None
 
 
 def _plugin(shape):
@@ -169,10 +208,15 @@ def test_what_cannot_be_warmed_is_an_error_that_names_it(client):
     future = client.scatter(fresh(), broadcast=True, hash=False)
     with pytest.raises(TypeError, match="takes the future of a model, not a Sequential"):
         WarmKeras(fresh(), (3, 4))
-    for shape in ((), (0, 4), [(3, 4), ()]):
+    for shape in ((), (0, 4), [(3, 4), ()], {}, {"a": ()}, "ab", 8, None, (None, 8), [[]]):
         with pytest.raises(ValueError, match="is no shape of a batch"):
             WarmKeras(future, shape)
+    with pytest.raises(ValueError, match="dtype='nope' is none of"):
+        WarmKeras(future, (3, 4), dtype="nope")
+    WarmKeras(future, (np.int64(3), 4), dtype="uint8")
     with pytest.raises(PlacementError, match=r"worker tcp://.* cannot predict on zeros") as info:
         client.register_plugin(WarmKeras(future, (3, zoo.WIDTH + 1)))
     assert "\n" not in str(info.value)
+    assert "\x1b" not in str(info.value)
+    assert "sequential" in str(info.value)
     assert future.status == "finished"

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol, cast
 
+from dask.utils import parse_bytes
+
 from dask_keras_serialize import backends
 
 
@@ -89,6 +91,33 @@ def current() -> Devices:
     name, _ = backends.current()
     module: Any = import_module(f"{__name__}.{name}")
     return cast(Devices, module)
+
+
+def is_number(value: Any, kind: type) -> bool:
+    """Say whether a value is one, and not True or False."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def memory_limit(given: Any) -> str | int | float | None:
+    """Return what stands for a limit: "growth", bytes as int, a part of the card as float."""
+    memory = given
+    if memory is None:
+        return None
+    if memory == "growth":
+        return "growth"
+    if isinstance(memory, str):
+        try:
+            memory = int(parse_bytes(memory))
+        except ValueError as error:
+            raise ValueError(f"memory={memory!r} is no number of bytes, or 'growth'") from error
+    if is_number(memory, int) and memory >= 1 << 20:
+        return int(memory)
+    if is_number(memory, float) and 0 < memory <= 1:
+        return float(memory)
+    raise ValueError(
+        f"memory={given!r} is neither 'growth', nor bytes from 1 MiB, nor a part of the card "
+        "between 0.0 and 1.0"
+    )
 
 
 #: Seconds to wait for threads that run tasks.

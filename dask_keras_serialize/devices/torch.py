@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 
 from dask_keras_serialize.devices import Limits, StartedError
@@ -20,8 +18,11 @@ def settle(limits: Limits) -> None:
         raise StartedError("Keras has chosen the GPU")
     if limits.threads is not None:
         settle_thread(limits)  # and every thread that has not computed yet
-        with contextlib.suppress(RuntimeError):  # in use: there are as many as cores
+        try:
             torch.set_num_interop_threads(limits.threads)
+        except RuntimeError as error:  # in use, or set before
+            if torch.get_num_interop_threads() != limits.threads:
+                raise StartedError(f"torch runs {error}") from error
     if limits.fraction is not None and gpus():
         torch.cuda.set_per_process_memory_fraction(limits.fraction, 0)
 
