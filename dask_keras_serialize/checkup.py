@@ -9,6 +9,8 @@ reference, for those that the first found registered. Only workers load Keras fo
 from __future__ import annotations
 
 import asyncio
+import os
+import platform
 import sys
 from collections.abc import Callable
 from importlib import metadata
@@ -67,22 +69,41 @@ def look() -> Facts:
     -------
     dict
         ``keras``, ``keras-loaded``, ``backend``, ``backend-version``, ``handlers`` (by the slot
-        that is not ours, the full name of the function in it), ``devices`` in words, and
-        ``idle-gpus``, how many the driver has that Keras finds none of, though it may;
-        ``keras-error`` where Keras cannot be loaded.
+        that is not ours, the full name of the function in it), ``devices`` in words, ``threads``
+        of a computation (None for all cores), names of the ``gpus`` in use, how their ``memory``
+        is taken, and ``idle-gpus``, how many the driver has that Keras finds none of, though it
+        may; ``keras-error`` where Keras cannot be loaded. And where it runs: ``host``, ``pid``,
+        ``cores``, how many it may use, ``affinity``, which (a mask, in hexadecimal digits; None
+        where the system does not say), ``visible-gpus``, what ``CUDA_VISIBLE_DEVICES`` is.
     """
-    facts: Facts = {"keras": _version("keras")}
+    facts: Facts = {"keras": _version("keras"), **_place()}
     try:
         import keras
 
         name, backend = backends.current()
         facts |= {"backend": name, "backend-version": backend.version()}
         facts |= {"devices": devices.describe(), "handlers": _taken(keras)}
-        if not devices.current().gpus() and not placement.forbids_gpus():
+        here = devices.current()
+        facts |= {"threads": here.threads(), "gpus": here.gpus()}
+        if facts["gpus"]:
+            facts["memory"] = here.memory()
+        elif not placement.forbids_gpus():
             facts["idle-gpus"] = nvml.device_get_count()  # 0 without NVML's Python package
     except Exception as error:  # whatever importing a backend raises
         facts["keras-error"] = one_line(error)
     return facts | {"keras-loaded": "keras" in sys.modules}
+
+
+def _place() -> Facts:
+    """Say where this process runs, and what of the machine it may use."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    return {
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "cores": len(cores) if cores else os.cpu_count() or 1,
+        "affinity": f"{sum(1 << core for core in cores):x}" if cores else None,
+        "visible-gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
+    }
 
 
 def give_back(model: Any) -> Any:

@@ -8,8 +8,10 @@ As plain values, such as ``dask keras doctor --json`` prints, an examination is 
 "processes": [...], "findings": [...]}``. A process has ``who``, ``role`` ("client", "scheduler"
 or "worker"), and what it said of itself: ``name`` of a worker, number of ``workers`` of the
 scheduler, ``python``, ``dask``, ``distributed``, ``package`` (this one's version or null),
-``registered``, what :func:`dask_keras_serialize.checkup.look` returns, ``round-trip`` in seconds;
-or ``error``, ``keras-error`` and ``round-trip-error``, each one line. A finding has ``who``,
+``registered``, what :func:`dask_keras_serialize.checkup.look` returns (of versions, of ``host``,
+``cores``, ``threads``, ``gpus`` and their ``memory``; of a scheduler only what
+:func:`dask_keras_serialize.checkup.scheduler` does), ``round-trip`` in seconds; or ``error``,
+``keras-error`` and ``round-trip-error``, each one line. A finding has ``who``,
 ``fact`` (what is marked), ``level`` ("failure" or "note"), ``what`` and ``way-out``. Without
 failures the cluster is ``ok``.
 """
@@ -37,6 +39,8 @@ T = TypeVar("T")
 
 #: Models on their way at the same time: this process opens them, in the time that each has.
 _AT_ONCE = 32
+
+_RUNNING = "is it running, and is that its address?"
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ async def _examine(address: str, timeout: float) -> Examination:
             await _send(client, workers, timeout)
     except OSError as error:
         raise UnreachableError(
-            f"the scheduler at {address} is gone: {_why(error, timeout)}"
+            f"the scheduler at {address} is gone: {_why(error, timeout)}: {_RUNNING}"
         ) from None
     finally:
         await client.close(timeout=min(timeout, 5.0))
@@ -130,7 +134,8 @@ async def _connect(address: str, timeout: float) -> Client:
     except Exception as error:  # whatever a transport raises
         if client is not None:
             await client.close(timeout=1)
-        raise UnreachableError(f"cannot connect to {address}: {_why(error, timeout)}") from None
+        why = f"{_why(error, timeout)}: {_RUNNING}"
+        raise UnreachableError(f"cannot connect to {address}: {why}") from None
 
 
 def _why(error: Exception, timeout: float) -> str:

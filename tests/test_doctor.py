@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -83,6 +84,12 @@ def test_for_programs(address, tmp_path):
         assert worker["round-trip"] > 0
         assert worker["backend"] == HERE
         assert worker["handlers"] == {}
+        assert (worker["host"], worker["gpus"]) == (me["host"], [])
+        assert worker["pid"] != me["pid"]
+        assert worker["cores"] == me["cores"] == int(me["affinity"], 16).bit_count()
+    threads = sum(worker["threads"] or worker["cores"] for worker in workers)
+    marked = [finding["who"] for finding in found["findings"] if finding["fact"] == "devices"]
+    assert marked == [worker["who"] for worker in workers if threads > me["cores"]]
 
 
 @pytest.mark.cluster
@@ -201,6 +208,7 @@ def test_no_scheduler_is_one_line(arguments, monkeypatch):
     (line,) = done.output.splitlines()
     assert line.startswith("Error: ")
     assert arguments[0] in line or "setup.cfg" in line
+    assert line.endswith("is it running, and is that its address?") or "setup.cfg" in line
 
 
 def test_which_cluster_has_to_be_said(monkeypatch):
@@ -226,7 +234,9 @@ CLIENT, SCHEDULER, WORKER = facts("client"), facts("scheduler", workers=1), fact
 def test_nothing_is_wrong():
     assert judge([CLIENT, SCHEDULER, WORKER]) == []
     assert judge([CLIENT, SCHEDULER | {"keras": "3.9.0"}, WORKER]) == []
-    assert judge([CLIENT, SCHEDULER, facts("worker", python="3.11.9", keras="3.15.2")]) == []
+    assert judge([CLIENT, SCHEDULER, facts("worker", python="3.11.9")]) == []
+    assert judge([CLIENT, SCHEDULER, WORKER | {"backend-version": "1.0.1"}]) != []
+    assert judge([CLIENT | {"backend-version": "1.0"}, WORKER | {"backend-version": "1.0.1"}]) == []
     assert views.examination([CLIENT, SCHEDULER, WORKER], []).endswith("\nall is well")
 
 
@@ -238,6 +248,10 @@ def test_nothing_is_wrong():
         ("scheduler", {"python": "3.12.1"}, "python", "failure", "python is 3.12.1", "minor"),
         ("worker", {"keras": "3.9.0"}, "keras", "failure", "keras is 3.9.0, the client's 3.15.1",
          "same minor version of keras"),
+        ("worker", {"keras": "3.15.2"}, "keras", "note", "keras is 3.15.2, the client's 3.15.1",
+         "same version of keras"),
+        ("worker", {"backend-version": "2"}, "backend", "note", "jax is 2, the client's 1",
+         "same minor version of jax"),
         ("worker", {"dask": "2026.7.0"}, "dask", "note", "dask is 2026.7.0", "version of dask"),
         ("scheduler", {"distributed": "1"}, "distributed", "note", "distributed is 1", "same"),
         ("worker", {"package": "0.2.0"}, "package", "failure", "is 0.2.0, the client's 0.1.0",
@@ -274,6 +288,99 @@ def test_what_differs_is_judged(role, said, fact, level, what, way_out):
     assert [mark in line for line in marked[1:5]] == [each["who"] == role for each in processes]
     assert marked[-2].startswith(f"{mark.strip()} {role}: ")
     assert marked[-1] == f"1 {level}"
+
+
+def on_host(**others):
+    """Facts of a worker that has all of a host of 4 cores to itself."""
+    place = {"host": "one", "cores": 4, "affinity": "f", "threads": None, "gpus": []}
+    return facts("worker", **place | {"visible-gpus": None} | others)
+
+
+def judge_workers(*workers):
+    """Judge workers on one host, if they do not say otherwise, each in a process of its own."""
+    named = [{"pid": i} | each | {"who": f"worker {i}"} for i, each in enumerate(workers)]
+    here = on_host(pid=-1) | {"who": "client", "role": "client"}
+    return judge([here, SCHEDULER | {"host": "one"}, *named])
+
+
+@pytest.mark.parametrize(
+    ("workers", "said"),
+    [
+        ([{}], None),
+        ([{}, {}], "2 workers of one host compute with 8 threads, on 4 cores"),
+        ([{}, {"host": "another"}], None),
+        ([{"pid": 7}, {"pid": 7}], None),
+        ([{"threads": 2}, {"threads": 2}], None),
+        ([{"threads": 2}, {"threads": 3}], "with 5 threads, on 4 cores"),
+        ([{"threads": 1}] * 5, "5 workers of one host compute with 5 threads, on 4 cores"),
+        ([{"threads": 4}, {"threads": 1}], "with 5 threads, on 4 cores"),
+        ([{"threads": 9}], None),
+        # cores of their own, by the system
+        ([{"cores": 2, "affinity": "3"}, {"cores": 2, "affinity": "c"}], None),
+        ([{"cores": 2, "affinity": "3"}, {"cores": 2, "affinity": "3"}], "4 threads, on 2 cores"),
+        ([{"cores": 1, "affinity": "1"}] * 2, "2 threads, on 1 core"),
+        ([{"affinity": None}, {"affinity": None}], "with 8 threads, on 4 cores"),
+        ([{"affinity": None, "threads": 2}] * 2, None),
+    ],
+)
+def test_workers_that_share_cores(workers, said):
+    findings = judge_workers(*[on_host(**each) for each in workers])
+    assert len(findings) == (len(workers) if said else 0)
+    for i, finding in enumerate(findings):
+        assert (finding.who, finding.fact, finding.level) == (f"worker {i}", "devices", "note")
+        assert finding.what.endswith(said)
+        assert 'PlaceKeras(threads="worker")' in finding.way_out
+
+
+def test_a_worker_without_keras_shares_no_cores():
+    broken = on_host(**{"keras-error": "ImportError: no"})
+    del broken["threads"], broken["gpus"]
+    (finding,) = judge_workers(on_host(), broken)
+    assert finding.fact == "keras"
+
+
+GROWS, ALL, PART = "as needed", "all at once", "{} of the card's at once"
+
+
+@pytest.mark.parametrize(
+    ("workers", "marked"),
+    [
+        ([(1, None, ALL)], []),
+        ([(1, None, ALL), (1, None, ALL)], [0, 1]),
+        ([(1, None, ALL), (1, None, GROWS)], [0, 1]),
+        ([(1, None, GROWS), (1, None, GROWS)], []),
+        ([(1, None, PART.format("0.75")), (1, None, PART.format("0.75"))], [0, 1]),
+        ([(1, None, PART.format("0.75")), (1, None, GROWS)], [0, 1]),
+        ([(1, None, PART.format(".5")), (1, None, PART.format("0.5"))], []),
+        ([(1, None, PART.format(".25")), (1, None, GROWS)], []),
+        ([(1, None, "512 MiB"), (1, None, "512 MiB")], []),
+        ([(1, "0", ALL), (1, "1", ALL)], []),
+        ([(1, "1", ALL), (1, "0", ALL), (1, "1", ALL)], [0, 2]),
+        ([(1, "0", ALL), (1, None, ALL)], [0, 1]),
+        # dask-cuda: its own first, and all of them
+        ([(1, "0,1", ALL), (1, "1,0", ALL)], []),
+        ([(2, "0,1", ALL), (2, "1,0", ALL)], [0, 1]),
+        ([(1, "GPU-a", ALL), (1, " GPU-a", ALL)], [0, 1]),
+        ([(0, None, ""), (0, None, "")], []),
+    ],
+)
+def test_workers_that_share_a_gpu(workers, marked):
+    def worker(number, visible, memory, **others):
+        gpus = [f"GPU:{i}" for i in range(number)]
+        said = {"gpus": gpus, "visible-gpus": visible, "memory": memory, "threads": 1}
+        return on_host(**said | others)
+
+    findings = judge_workers(*[worker(*each) for each in workers])
+    assert [finding.who for finding in findings] == [f"worker {i}" for i in marked]
+    for finding in findings:
+        assert (finding.fact, finding.level) == ("devices", "failure")
+        assert "2 workers of one host share a GPU" in finding.what
+        assert "at once" in finding.what
+        for way_out in ('PlaceKeras(memory="growth")', "limit", "device={name: number}"):
+            assert way_out in finding.way_out
+    apart = [worker(*each, host=str(i)) for i, each in enumerate(workers)]
+    in_one_process = [worker(*each, pid=1) for each in workers]
+    assert judge_workers(*apart) == judge_workers(*in_one_process) == []
 
 
 def test_who_does_not_answer_is_judged_by_that_alone():
@@ -321,6 +428,25 @@ def test_gpus_that_nobody_uses(monkeypatch):
     for none_meant in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none_meant)
         assert "idle-gpus" not in checkup.look()
+
+
+def test_where_a_process_runs(monkeypatch):
+    here = devices.current()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setattr(here, "threads", lambda: 5)
+    monkeypatch.setattr(here, "memory", lambda: "as needed")
+    said = checkup.look()
+    assert said["host"] == platform.node()
+    assert said["pid"] == os.getpid()
+    assert 1 <= said["cores"] <= os.cpu_count()
+    assert (said["threads"], said["gpus"], said["visible-gpus"]) == (5, [], "3")
+    assert "memory" not in said
+    monkeypatch.setattr(here, "gpus", lambda: ["GPU:0"])
+    said = checkup.look()
+    assert (said["gpus"], said["memory"]) == (["GPU:0"], "as needed")
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    said = checkup.look()
+    assert (said["cores"], said["affinity"]) == (os.cpu_count(), None)
 
 
 def test_keras_that_cannot_be_loaded(monkeypatch):

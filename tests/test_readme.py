@@ -39,13 +39,14 @@ def test_the_doctor_says_what_it_shows():
     """The cluster that it shows, as facts, judged and drawn again."""
     same = {"python": "3.11.7", "dask": "2026.8.0", "distributed": "2026.8.0"}
     ours = same | {"package": "0.1.0", "registered": True}
-    keras = ours | {"keras": "3.15.1", "devices": "cpu, 2 threads"}
+    keras = ours | {"keras": "3.15.1", "devices": "cpu, all cores", "threads": None}
+    keras |= {"host": "one", "cores": 2, "affinity": "3"}
     tensorflow = keras | {"backend": "tensorflow", "backend-version": "2.21.0"}
     jax = keras | {"backend": "jax", "backend-version": "0.10.2"}
     (lines,) = re.findall(r"\$ dask keras doctor .*\n((?:    .*\n|\n)+)", README)
     shown = [line.removeprefix("    ") for line in lines.rstrip().splitlines()]
     facts = {
-        "client": tensorflow | {"devices": "cpu, all cores"},
+        "client": tensorflow,
         "scheduler": ours | {"workers": 3},
         "without": same | {"package": None, "registered": None},
         "tensorflow": tensorflow,
@@ -54,7 +55,7 @@ def test_the_doctor_says_what_it_shows():
     processes = []
     for row, each in zip(shown[1:6], facts.values(), strict=True):
         who = re.split(r"  +", row)[0]
-        processes.append({"who": who, "role": who.split()[0]} | each)
+        processes.append({"who": who, "role": who.split()[0], "pid": len(processes)} | each)
         if took := re.search(r"(\d+) ms$", row):
             processes[-1]["round-trip"] = int(took[1]) / 1000
     assert views.examination(processes, judge(processes)).splitlines() == shown
