@@ -11,21 +11,34 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from dask_keras_serialize.header import FORMAT
 
 Process = dict[str, Any]
 Level = Literal["failure", "note"]
 
-#: The processes of workers on a worker's host, its own among them; none for who is no worker.
-_Near = Sequence[Process]
 
 #: What a check finds: in which column, how bad, what, and the way out.
 _Found = tuple[str, Level, str, str]
 
 _SAME = "install the same version of {} everywhere"
 _INSTALL = f"pip install {FORMAT}[tensorflow] there, or [jax] or [torch]"
+
+
+class Others(NamedTuple):
+    """What a process is held against, beside the client.
+
+    Attributes
+    ----------
+    here : list of dict
+        The processes of workers on its host.
+    backends : set of str
+        Of all workers.
+    """
+
+    here: list[Process]
+    backends: set[str]
 
 
 @dataclass(frozen=True)
@@ -64,16 +77,18 @@ def judge(processes: Sequence[Process]) -> list[Finding]:
         In the order of the processes; empty if all is well.
     """
     client = processes[0]
-    near = _neighbours(processes)
+    here = _neighbours(processes)
+    workers = [each for each in processes if each["role"] == "worker"]
+    backends = {each["backend"] for each in workers if each.get("backend")}
     return [
         Finding(process["who"], *finding)
         for process in processes
         for check in _CHECKS
-        for finding in check(process, client, near.get(process["who"], []))
+        for finding in check(process, client, Others(here.get(process["who"], []), backends))
     ]
 
 
-def _neighbours(processes: Sequence[Process]) -> dict[str, _Near]:
+def _neighbours(processes: Sequence[Process]) -> dict[str, list[Process]]:
     """Return for each worker that says where it is the processes of workers on its host."""
     workers = [each for each in processes if each["role"] == "worker" and each.get("host")]
     hosts: dict[str, dict[Any, Process]] = {}
@@ -84,7 +99,7 @@ def _neighbours(processes: Sequence[Process]) -> dict[str, _Near]:
     return {worker["who"]: lists[worker["host"]] for worker in workers}
 
 
-def _answer(process: Process, client: Process, near: _Near) -> Iterator[_Found]:
+def _answer(process: Process, client: Process, others: Others) -> Iterator[_Found]:
     if process.get("workers") == 0:
         yield "who", "failure", "it has no workers", "start some: dask worker ADDRESS"
     if process.get("error"):
@@ -92,7 +107,7 @@ def _answer(process: Process, client: Process, near: _Near) -> Iterator[_Found]:
         yield "who", "failure", process["error"], way_out
 
 
-def _package(process: Process, client: Process, near: _Near) -> Iterator[_Found]:
+def _package(process: Process, client: Process, others: Others) -> Iterator[_Found]:
     if "package" not in process:  # it did not answer
         return
     here = process["package"]
@@ -104,7 +119,7 @@ def _package(process: Process, client: Process, near: _Near) -> Iterator[_Found]
         yield "package", "failure", _differs(FORMAT, here, client["package"]), same
 
 
-def _registered(process: Process, client: Process, near: _Near) -> Iterator[_Found]:
+def _registered(process: Process, client: Process, others: Others) -> Iterator[_Found]:
     if process.get("registered") is not False:
         return
     setting = f"set {FORMAT}.register: true in Dask's config there and restart it"
@@ -121,7 +136,7 @@ def _registered(process: Process, client: Process, near: _Near) -> Iterator[_Fou
             yield "handler", "note", what, setting
 
 
-def _handlers(process: Process, client: Process, near: _Near) -> Iterator[_Found]:
+def _handlers(process: Process, client: Process, others: Others) -> Iterator[_Found]:
     for slot, name in process.get("handlers", {}).items():
         module = name.partition(".")[0]
         way_out = (
@@ -131,7 +146,7 @@ def _handlers(process: Process, client: Process, near: _Near) -> Iterator[_Found
         yield "handler", "failure", f"{slot} is {name}, not ours", way_out
 
 
-def _versions(process: Process, client: Process, near: _Near) -> Iterator[_Found]:
+def _versions(process: Process, client: Process, others: Others) -> Iterator[_Found]:
     for name, roles in (("python", ("worker", "scheduler")), ("keras", ("worker",))):
         here, there = process.get(name), client.get(name)
         if process["role"] in roles and here and there and _minor(here) != _minor(there):
@@ -145,7 +160,7 @@ def _versions(process: Process, client: Process, near: _Near) -> Iterator[_Found
             yield name, "note", _differs(name, here, there), _SAME.format(name)
 
 
-def _keras(process: Process, client: Process, near: _Near) -> Iterator[_Found]:
+def _keras(process: Process, client: Process, others: Others) -> Iterator[_Found]:
     if error := process.get("keras-error"):
         what = f"Keras cannot be loaded: {error}"
         if process["role"] == "client":
@@ -153,18 +168,22 @@ def _keras(process: Process, client: Process, near: _Near) -> Iterator[_Found]:
         yield "keras", "failure", what, _INSTALL
 
 
-def _backend(process: Process, client: Process, near: _Near) -> Iterator[_Found]:
+def _backend(process: Process, client: Process, others: Others) -> Iterator[_Found]:
     here, there = process.get("backend"), client.get("backend")
     if here and there and here != there:
         way_out = f"set KERAS_BACKEND={there} there, if models are bound to theirs"
-        yield "backend", "note", _differs("backend", here, there), way_out
+        if len(others.backends) == 1:
+            yield "backend", "note", _differs("backend", here, there), way_out
+        else:
+            what = f"{_differs('backend', here, there)}, and workers differ"
+            yield "backend", "failure", what, f"set KERAS_BACKEND={there} there, and restart it"
     version, other = process.get("backend-version"), client.get("backend-version")
     if here and here == there and version and other and _minor(version) != _minor(other):
         way_out = f"install the same minor version of {here} everywhere"
         yield "backend", "note", _differs(here, version, other), way_out
 
 
-def _gpus(process: Process, client: Process, near: _Near) -> Iterator[_Found]:
+def _gpus(process: Process, client: Process, others: Others) -> Iterator[_Found]:
     if process["role"] == "worker" and (idle := process.get("idle-gpus")):
         name = process["backend"]
         what = f"the driver has {idle} GPU{'' if idle == 1 else 's'}, and {name} finds none"
@@ -175,9 +194,9 @@ def _gpus(process: Process, client: Process, near: _Near) -> Iterator[_Found]:
         yield "devices", "failure", what, way_out
 
 
-def _shared_gpus(process: Process, client: Process, near: _Near) -> Iterator[_Found]:
+def _shared_gpus(process: Process, client: Process, others: Others) -> Iterator[_Found]:
     for gpu in _used(process):
-        sharing = [each for each in near if gpu in _used(each)]
+        sharing = [each for each in others.here if gpu in _used(each)]
         at_once = [part for each in sharing if (part := _at_once(each)) is not None]
         # who takes it as needed may count on as much as any other
         needed = sum(at_once) + (len(sharing) - len(at_once)) / max(1, len(sharing))
@@ -209,8 +228,8 @@ def _at_once(process: Process) -> float | None:
     return 1.0 if "at once" in memory else None
 
 
-def _threads(process: Process, client: Process, near: _Near) -> Iterator[_Found]:
-    computing = [each for each in near if "threads" in each]
+def _threads(process: Process, client: Process, others: Others) -> Iterator[_Found]:
+    computing = [each for each in others.here if "threads" in each]
     if len(computing) < 2 or "threads" not in process:
         return
     masks = [each.get("affinity") for each in computing]
@@ -233,18 +252,18 @@ def _threads(process: Process, client: Process, near: _Near) -> Iterator[_Found]
         yield "devices", "note", what, way_out
 
 
-def _together(workers: _Near) -> str:
+def _together(workers: Sequence[Process]) -> str:
     # without their names: of hosts that are alike, all are one line
     return f"{len(workers)} workers of one host"
 
 
-def _round_trip(process: Process, client: Process, near: _Near) -> Iterator[_Found]:
+def _round_trip(process: Process, client: Process, others: Others) -> Iterator[_Found]:
     if error := process.get("round-trip-error"):
         way_out = "look into its log; if it is busy, wait for its tasks, or longer by --timeout"
         yield "round-trip", "failure", error, way_out
 
 
-_CHECKS: tuple[Callable[[Process, Process, _Near], Iterator[_Found]], ...] = (
+_CHECKS: tuple[Callable[[Process, Process, Others], Iterator[_Found]], ...] = (
     _answer,
     _package,
     _registered,

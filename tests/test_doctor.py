@@ -266,8 +266,8 @@ def test_nothing_is_wrong():
         ("client", {"registered": False}, "handler", "note", "not registered", "import dask_keras"),
         ("worker", {"handlers": {"Model.__reduce_ex__": "other.f"}}, "handler", "failure",
          "Model.__reduce_ex__ is other.f, not ours", "imports 'other'"),
-        ("worker", {"backend": "torch"}, "backend", "note", "backend is torch, the client's jax",
-         "KERAS_BACKEND=jax"),
+        ("worker", {"backend": "torch"}, "backend", "failure",
+         "backend is torch, the client's jax, and workers differ", "KERAS_BACKEND=jax"),
         ("worker", {"idle-gpus": 1}, "devices", "failure", "the driver has 1 GPU, and jax finds",
          "install the GPU build of jax"),
         ("worker", {"keras-error": "ImportError: no"}, "keras", "failure", "cannot be loaded",
@@ -288,6 +288,11 @@ def test_what_differs_is_judged(role, said, fact, level, what, way_out):
     assert [mark in line for line in marked[1:5]] == [each["who"] == role for each in processes]
     assert marked[-2].startswith(f"{mark.strip()} {role}: ")
     assert marked[-1] == f"1 {level}"
+
+
+def test_workers_that_all_have_another_backend_may_be_meant_so():
+    (finding,) = judge([CLIENT, SCHEDULER, WORKER | {"backend": "torch"}])
+    assert (finding.fact, finding.level) == ("backend", "note")
 
 
 def on_host(**others):
