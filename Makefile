@@ -11,6 +11,8 @@ BACKEND_EXTRA ?= tensorflow-cpu
 EXTRAS ?= test,bench,dev,$(BACKEND_EXTRA)
 PYTEST_ARGS ?=
 MARKS ?= not slow and not gpu
+# files of tests run side by side: much of the time goes into processes that start; 0 for one by one
+TEST_PROCESSES ?= 2
 # a hang ends here; on a quiet machine the tests take well under twelve minutes
 TEST_SECONDS ?= 2400
 
@@ -48,7 +50,7 @@ demo: $(INSTALLED) ## train and predict on two workers, check every bit, draw ex
 	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED) ## run the tests, but for the slow ones
-	$(BIN)/python -m pytest -m "$(MARKS)" --session-timeout=$(TEST_SECONDS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "$(MARKS)" -n $(TEST_PROCESSES) --dist loadfile --session-timeout=$(TEST_SECONDS) $(PYTEST_ARGS)
 
 test-jax: ## run the tests on JAX, in an environment of its own
 	$(MAKE) test BACKEND_EXTRA=jax VENV=$(VENV)-jax KERAS_BACKEND=jax
@@ -64,7 +66,8 @@ test-together: ## run the tests of changing backend, in an environment with all 
 test-gpu: export XLA_PYTHON_CLIENT_PREALLOCATE = false
 test-gpu: export TF_FORCE_GPU_ALLOW_GROWTH = true
 test-gpu: ## run the tests and the benchmark that need a GPU, in an environment of its own
-	$(MAKE) test BACKEND_EXTRA=$(GPU_EXTRA) VENV=$(GPU_VENV) EXTRAS=test,bench,$(GPU_EXTRA) MARKS=gpu
+	$(MAKE) test BACKEND_EXTRA=$(GPU_EXTRA) VENV=$(GPU_VENV) EXTRAS=test,bench,$(GPU_EXTRA) \
+	  MARKS=gpu TEST_PROCESSES=0
 	$(GPU_VENV)/bin/python benchmarks/gpu.py
 
 test-long: $(INSTALLED) ## run the slow tests

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -31,9 +32,13 @@ if not all(map(find_spec, (*backends.NAMES, "keras_hub"))):
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel of this checkout."""
+    """Build the wheel of this checkout; of a copy, for others may do the same at the same time."""
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(ROOT)]
+    copy = folder / "checkout"
+    shutil.copytree(ROOT / "dask_keras_serialize", copy / "dask_keras_serialize")
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(copy)]
     subprocess.run(command, check=True, capture_output=True, timeout=240)
     (path,) = folder.glob("*.whl")
     return path
