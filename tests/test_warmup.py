@@ -148,7 +148,9 @@ def test_what_a_prediction_changes_is_put_back(built, trainable):
     assert len(model.variables) == 5
     assert float(model.layers[0].calls.numpy()) == 0
     model.predict(np.ones((3, 4)), verbose=0)
-    assert float(model.layers[0].calls.numpy()) == 1
+    # of what a prediction changes, Keras keeps on JAX what is not trained
+    kept = not (trainable and keras.backend.backend() == "jax")
+    assert float(model.layers[0].calls.numpy()) == kept
 
 
 @pytest.mark.parametrize("as_", [list, dict])
