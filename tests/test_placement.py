@@ -238,10 +238,10 @@ def test_what_a_worker_cannot_do_names_it(client):
     client.submit(threads_in_use, workers=[worker]).result()
     if HERE == "torch":  # which can be told at any time
         for _ in range(8):  # on either of the worker's threads
-            assert client.submit(threads_in_use, workers=[worker], pure=False).result() == 4
-        client.register_plugin(PlaceKeras(threads=2))
-        for _ in range(8):
             assert client.submit(threads_in_use, workers=[worker], pure=False).result() == 2
+        client.register_plugin(PlaceKeras(threads=4))
+        for _ in range(8):
+            assert client.submit(threads_in_use, workers=[worker], pure=False).result() == 4
     else:
         said = rf"worker {worker} .*has started its devices.*client\.restart"
         with pytest.raises(PlacementError, match=said):
