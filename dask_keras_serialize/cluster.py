@@ -112,7 +112,11 @@ def _encode_error(error: BaseException | None) -> EncodeError | None:
 
 def _require_package(client: Any) -> None:
     """Raise on the client if a worker of its cluster lacks this package."""
-    workers = client.scheduler_info(n_workers=-1)["workers"]
+    if client.asynchronous:
+        identity = client.scheduler_info(n_workers=-1)
+    else:  # scheduler_info() returns at times what the client asks for itself, without workers
+        identity = client.sync(client.scheduler.identity, n_workers=-1)
+    workers = identity["workers"]
     without = [address for address, worker in workers.items() if FORMAT not in worker]
     if without:
         raise MissingPackageError.on_workers(without, len(workers))

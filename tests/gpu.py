@@ -64,7 +64,7 @@ def main(scheduler: str, workers: int, memory: int) -> None:
     with Client(scheduler) as client:
         client.wait_for_workers(workers, timeout=120)
         client.register_plugin(PlaceKeras(memory=memory))
-        addresses = list(client.scheduler_info(n_workers=-1)["workers"])
+        addresses = list(client.nthreads())
         scattered = client.scatter(model, broadcast=True)
         for sent in (model, scattered):
             for address in addresses:

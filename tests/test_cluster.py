@@ -286,7 +286,7 @@ def test_lists_of_models_are_arguments_too(client):
 
 
 def test_a_worker_gives_a_model_to_another(client):
-    workers = list(client.scheduler_info(n_workers=-1)["workers"])
+    workers = list(client.nthreads())
     model = zoo.build("trained subclassed")
     future = client.scatter(model, workers=workers[0])
     there = client.submit(predict, zoo.X, future, workers=workers[1])
@@ -384,7 +384,7 @@ def test_a_worker_without_the_class_says_so_and_lives(client):
     finally:
         cloudpickle.register_pickle_by_value(zoo)
     assert client.submit(predict, zoo.X, zoo.build("sequential")).result().shape == (32, 3)
-    assert len(client.scheduler_info(n_workers=-1)["workers"]) == 2
+    assert len(client.nthreads()) == 2
 
 
 @shipped
@@ -413,7 +413,7 @@ def test_workers_with_an_unknown_backend_say_so_and_live(
 
 def test_a_model_that_cannot_be_opened_by_another_worker_fails_its_task(client):
     """It would wait forever, were the error raised where the worker reads."""
-    first, second = client.scheduler_info()["workers"]
+    first, second = client.nthreads()
 
     def class_of_one_worker():
         import types
@@ -521,4 +521,4 @@ def test_a_method_of_what_cannot_be_opened_fails_its_task(client):
     finally:
         cloudpickle.register_pickle_by_value(zoo)
     assert client.submit(sum, [1, 2], pure=False).result(timeout=60) == 3
-    assert len(client.scheduler_info(n_workers=-1)["workers"]) == 2
+    assert len(client.nthreads()) == 2

@@ -168,7 +168,7 @@ def test_from_worker_to_worker_by_ucx():
         LocalCluster(2, threads_per_worker=1, protocol="ucxx", dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):
-        first, second = client.scheduler_info()["workers"]
+        first, second = client.nthreads()
         made = client.submit(gpu.build, workers=[first])
         before, _, _, back = client.submit(gpu.at_work, made, workers=[second]).result()
         assert before

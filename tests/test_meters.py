@@ -49,7 +49,7 @@ def same(model):
 def test_a_worker_tells_the_dashboard():
     model = zoo.build("trained")
     with local_client() as client:
-        here, there = client.scheduler_info()["workers"]
+        here, there = client.nthreads()
         value = client.scatter(model, workers=[here])
         client.submit(same, value, workers=[there], pure=False).result()
         # the last is told when its event loop gets to it

@@ -127,7 +127,7 @@ def test_workers_are_placed_before_their_backend_starts(client):
     plugin = PlaceKeras(backend=HERE, device="cpu", policy="mixed_bfloat16")
     client.register_plugin(plugin)
     assert set(client.run(os.getenv, "CUDA_VISIBLE_DEVICES").values()) == {"-1"}
-    for worker in client.scheduler_info()["workers"]:
+    for worker in client.nthreads():
         run = {"workers": [worker], "pure": False}
         assert client.submit(threads_in_use, **run).result() == 2
         assert client.submit(policies, **run).result() == ("mixed_bfloat16", "mixed_bfloat16")
@@ -173,7 +173,7 @@ def test_a_later_worker_that_cannot_is_closed():
         client.subscribe_topic("warn", warned.append)  # in place of warning of it
         cluster.scale(1)
         until = time.monotonic() + 60
-        while not warned or client.scheduler_info()["workers"]:
+        while not warned or client.nthreads():
             assert time.monotonic() < until
             time.sleep(0.1)
         cluster.scale(0)
@@ -188,9 +188,9 @@ def test_each_worker_has_a_device_of_its_own(client):
     client.unregister_worker_plugin(PlaceKeras.name)  # the scheduler keeps it for later workers
     client.restart()
     client.register_plugin(PlaceKeras(device={0: "cpu", 1: None}, threads=None))
-    workers = client.scheduler_info()["workers"]
+    names = client.run(lambda dask_worker: dask_worker.name)
     visible = client.run(os.getenv, "CUDA_VISIBLE_DEVICES")
-    assert {workers[worker]["name"]: value for worker, value in visible.items()} == {
+    assert {names[worker]: value for worker, value in visible.items()} == {
         0: "-1",
         1: None,
     }
@@ -211,7 +211,7 @@ def test_what_dask_cuda_has_set_is_left():
         assert sorted(client.run(os.getenv, "CUDA_VISIBLE_DEVICES").values()) == seen
         model = zoo.build("trained")
         future = client.scatter(model, broadcast=True)
-        for worker in client.scheduler_info()["workers"]:
+        for worker in client.nthreads():
             far = client.submit(lambda m: m, future, workers=[worker], pure=False).result()
             zoo.assert_same(model, far)
 
@@ -234,7 +234,7 @@ def test_what_a_worker_cannot_do_names_it(client):
             client.register_plugin(plugin)
         assert "\n" not in str(info.value)
         assert set(client.run(os.getenv, "CUDA_VISIBLE_DEVICES").values()) == {None}
-    worker = next(iter(client.scheduler_info()["workers"]))
+    worker = next(iter(client.nthreads()))
     client.submit(threads_in_use, workers=[worker]).result()
     if HERE == "torch":  # which can be told at any time
         for _ in range(8):  # on either of the worker's threads

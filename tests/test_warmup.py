@@ -69,7 +69,7 @@ def test_the_first_task_traces_nothing(client):
     future = client.scatter(model, broadcast=True, hash=False)
     client.register_plugin(WarmKeras(future, (16, zoo.WIDTH)))
     x = np.ones((16, zoo.WIDTH), "float32")
-    for worker in client.scheduler_info()["workers"]:
+    for worker in client.nthreads():
         first = client.submit(predict, x, future, workers=[worker], pure=False).result()
         assert first == WARM
         far = client.submit(lambda m: m, future, workers=[worker], pure=False).result()
@@ -78,7 +78,7 @@ def test_the_first_task_traces_nothing(client):
 
 @pytest.mark.cluster
 def test_a_worker_that_has_no_replica_yet_fetches_one(client):
-    here, there = client.scheduler_info()["workers"]
+    here, there = client.nthreads()
     future = client.scatter(fresh(), workers=[here], hash=False)
     client.register_plugin(WarmKeras(future, (4, zoo.WIDTH)))
     assert has(client, future, {here, there})
@@ -101,7 +101,7 @@ def kept(dask_worker, key):
 
 @pytest.mark.cluster
 def test_workers_keep_what_is_warm_until_the_future_is_gone(client):
-    here, there = client.scheduler_info()["workers"]
+    here, there = client.nthreads()
     warm, cold = (client.scatter(fresh(), broadcast=True, hash=False) for _ in range(2))
     plugin = WarmKeras(warm, (4, zoo.WIDTH))
     client.register_plugin(plugin)
@@ -126,10 +126,10 @@ def test_workers_keep_what_is_warm_until_the_future_is_gone(client):
 def test_later_workers_are_warm_and_start_even_if_the_model_is_gone(client):
     future = client.scatter(fresh(), broadcast=True, hash=False)
     client.register_plugin(WarmKeras(future, (4, zoo.WIDTH)))
-    old = set(client.scheduler_info()["workers"])
+    old = set(client.nthreads())
     client.cluster.scale(3)
     client.wait_for_workers(3, timeout=60)
-    (new,) = set(client.scheduler_info()["workers"]) - old
+    (new,) = set(client.nthreads()) - old
     x = np.ones((4, zoo.WIDTH), "float32")
     assert client.submit(predict, x, future, workers=[new], pure=False).result() == WARM
     client.cluster.scale(2)
