@@ -127,7 +127,7 @@ def load(body: dict[str, Any], values: Values, extras: list[Array]) -> Rebuilt:
             _write_assets(model, config["assets"], extras)
             assign_rest(variables_of(model), given, values)
             _finalize(model)
-            _restore_history(model, config["history"])
+            restore_history(model, config["history"])
         except DecodeError:
             raise
         except Exception as error:  # from_config is anybody's code
@@ -257,7 +257,8 @@ def _finalize(model: keras.Model) -> None:
             layer.finalize_state()
 
 
-def _restore_history(model: keras.Model, state: dict[str, Any] | None) -> None:
+def restore_history(model: keras.Model, state: dict[str, Any] | None) -> None:
+    """Give a model the history that :func:`fidelity.history_of` returned of another."""
     if state is None:
         return
     history = keras.callbacks.History()

@@ -24,7 +24,7 @@ import functools
 import io
 import pickle
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -49,7 +49,7 @@ from dask_keras_serialize.states import (
     next_place,
     state_of,
 )
-from dask_keras_serialize.translation import check_installed, translation_from
+from dask_keras_serialize.translation import missing, translation_from
 
 
 def dump(
@@ -58,6 +58,7 @@ def dump(
     for_token: bool = False,
     links: Mapping[int, tuple[Any, Key | None]] = MappingProxyType({}),
     seen: Sequence[Any] = (),
+    without: Mapping[type, Container[str]] = MappingProxyType({}),
 ) -> Description:
     """Describe an object by the graph of all it holds.
 
@@ -71,6 +72,8 @@ def dump(
         What other parcels of the same pickle hold: which, and the key there, by ``id()``.
     seen : sequence of object
         The parts of an earlier description, in order: they keep their numbers.
+    without : dict of type to container of str
+        Attributes that are left out, of instances of the class.
 
     Returns
     -------
@@ -88,11 +91,10 @@ def dump(
     """
     if MISSING:
         raise EncodeError(
-            f"{private.describe(root)} must go by value, which this "
-            f"keras {keras.version()} is too new for ({', '.join(MISSING)} is gone): use an "
-            "older one, or update this package"
+            f"{private.describe(root)} must go by value, which this keras {keras.version()} is too "
+            f"new for ({', '.join(MISSING)} is gone): use an older one, or update this package"
         )
-    sending = _Dump(root, for_token, links, seen)
+    sending = _Dump(root, for_token, links, seen, without)
     try:
         return sending.run()
     finally:
@@ -137,12 +139,7 @@ def load(
             reason = str(error).removeprefix(f"{owner}: ")
             raise DecodeError(f"{owner}: {reason}") from error
         except ModuleNotFoundError as error:
-            check_installed(error, values.header)
-            raise DecodeError(
-                f"{owner}: it holds code of module {error.name!r}, which is not installed "
-                f"here: install it on every worker, or call cloudpickle."
-                f"register_pickle_by_value({error.name}) before sending"
-            ) from error
+            raise missing(error, values.header) from error
         except Exception as error:  # unpickling runs anybody's code
             raise DecodeError(f"{owner}: it cannot be rebuilt by value here: {error!r}") from error
 
@@ -156,8 +153,10 @@ class _Dump:
         for_token: bool,
         links: Mapping[int, tuple[Any, Key | None]],
         seen: Sequence[Any],
+        without: Mapping[type, Container[str]],
     ) -> None:
         self.root = root
+        self.without = without
         self.owner = private.describe(root)
         self.for_token = for_token
         self.links = links
@@ -242,6 +241,9 @@ class _Dump:
     def state(self, obj: Any) -> Any:
         """Return what fills an object's shell, as it is pickled."""
         state = state_of(obj, self.backend, self.variables)
+        for cls, names in self.without.items():
+            if isinstance(obj, cls) and isinstance(state, dict):
+                state = {name: value for name, value in state.items() if name not in names}
         if isinstance(obj, keras.Variable) and has_value(obj):
             state["value"] = len(self.variables)
             self.variables.append(obj)

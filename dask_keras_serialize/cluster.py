@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import sys
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -17,6 +16,7 @@ from uuid import uuid4
 
 import numpy as np
 
+from dask_keras_serialize import cuda
 from dask_keras_serialize.broken import BrokenObject
 from dask_keras_serialize.errors import EncodeError, MissingPackageError
 from dask_keras_serialize.header import FORMAT, package_version
@@ -174,8 +174,7 @@ def saying_gpu(original: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dic
     @functools.wraps(original)
     def handshake_info(self: Any) -> dict[str, Any]:
         nvml = sys.modules.get("distributed.diagnostics.nvml")
-        shown = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() not in ("", "-1")
-        has = shown and nvml is not None and nvml.device_get_count() > 0
+        has = not cuda.hidden() and nvml is not None and nvml.device_get_count() > 0
         return original(self) | {_GPU: has}
 
     return handshake_info
@@ -212,7 +211,7 @@ def values_in(message: Any) -> Iterable[Any]:
 
 def _may_share(value: Any) -> bool:
     """Say whether a collection holds one of Keras's objects and something beside it."""
-    if type(value) not in (list, tuple, set, dict) or sys.modules.get("keras") is None:
+    if type(value) not in (list, tuple, set, dict):
         return False
     items = list(value.values() if type(value) is dict else value)
     beside = [item for item in items if type(item) not in _PLAIN]
@@ -224,11 +223,12 @@ _PLAIN = frozenset({str, bytes, int, float, bool, complex, type(None), np.ndarra
 
 def holds_keras(value: Any, depth: int = 3) -> bool:
     """Say whether a value is Keras's, or a plain container with such among its first."""
-    if sys.modules.get("keras") is None:
+    # not imported here: who imports Keras, in another thread, imports it too, at the end
+    # (registration), and of two threads that wait for each other's modules one gets half of one
+    private: Any = sys.modules.get("dask_keras_serialize.private")
+    if not hasattr(private, "SHELLS"):  # nor are there any objects of Keras's yet
         return False
-    from dask_keras_serialize.private import CITIZENS, TRACKED
-
-    if isinstance(value, (*CITIZENS, *TRACKED)):
+    if isinstance(value, (*private.CITIZENS, *private.TRACKED)):
         return True
     items: Iterable[Any] = ()
     if type(value) is dict:

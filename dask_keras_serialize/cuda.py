@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,6 +74,11 @@ class DeviceFrame:
     def own(self) -> DeviceFrame:
         """Return the same memory as if it were the caller's, who will copy it."""
         return DeviceFrame(self.address, self.nbytes, self.source, self.copy_to_host, True)
+
+
+def hidden() -> bool:
+    """Say whether ``CUDA_VISIBLE_DEVICES`` hides all GPUs from this process."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
 
 
 def on_device(buffer: object) -> bool:

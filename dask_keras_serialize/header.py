@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import platform
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -284,6 +285,11 @@ def package_version() -> str:
 def python_version() -> str:
     """Return the running Python's version, such as ``"3.12.1"``."""
     return platform.python_version()
+
+
+def minor(version: str) -> list[str]:
+    """Return the part of a version that an object by value needs the same: of 3.12.1, 3 and 12."""
+    return re.findall(r"\d+", version)[:2]
 
 
 def _typed(wire: Mapping[str, Any], key: str, kind: type) -> Any:

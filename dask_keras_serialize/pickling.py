@@ -53,15 +53,15 @@ class _Sending:
         links = {} if self._encoding == "config" else _Others(self)
         encoded = encode_parts(self.root, links, seen=seen)
         if self.parts:
-            found = encoded.parts()
+            found = encoded.description.parts()
             if any(found.get(key) is not part for key, part in self.parts.items()):
                 raise EncodeError(
                     f"{encoded.header.owner}: it was changed while something that shares parts "
                     "with it was pickled: pickle them again"
                 )
-        self._encoding, self._new_parts = encoded.header.encoding, encoded.parts
+        self._encoding, self._new_parts = encoded.header.encoding, encoded.description.parts
         self._alive.unnamed.add(self)
-        return encoded.header.to_bytes(), encoded.links, encoded.frames
+        return encoded.header.to_bytes(), encoded.description.links, encoded.frames
 
     def name_parts(self) -> dict[Key, Any]:
         """Name its parts, for others to refer to from now on."""
@@ -247,13 +247,24 @@ def uninstall() -> None:
             copyreg.dispatch_table.pop(cls, None)
 
 
-def take_deepcopy() -> Callable[[], None] | None:
-    """Take off ``keras.Model`` what scikeras puts there, for ``copy.deepcopy`` to ask first.
+def take_off_scikeras() -> Callable[[], None] | None:
+    """Take off Keras's classes what scikeras puts there, and return what puts it back.
 
-    It goes through a file, and loses what Keras's own way loses (``scikeras/__init__.py``).
+    It goes through a file, and loses what Keras's own way loses (``scikeras/__init__.py``);
+    ``copy.deepcopy`` would ask it first, and so would a class of the user's whose ``__reduce__``
+    calls the one that it overrides.
     """
-    method = vars(keras.Model).get("__deepcopy__")
-    if str(getattr(method, "__module__", "")).startswith("scikeras"):
-        del keras.Model.__deepcopy__
-        return lambda: setattr(keras.Model, "__deepcopy__", method)
-    return None
+    taken = [
+        (cls, name, method)
+        for cls in (keras.Model, keras.Loss, keras.Metric, keras.Optimizer)
+        for name in ("__deepcopy__", "__reduce__")
+        if str(getattr(method := vars(cls).get(name), "__module__", "")).startswith("scikeras")
+    ]
+    for cls, name, _ in taken:
+        delattr(cls, name)
+
+    def put_back() -> None:
+        for each in taken:
+            setattr(*each)
+
+    return put_back if taken else None

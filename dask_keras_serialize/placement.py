@@ -20,7 +20,7 @@ from dask import config
 from distributed.diagnostics import nvml
 from distributed.diagnostics.plugin import WorkerPlugin
 
-from dask_keras_serialize import devices
+from dask_keras_serialize import cuda, devices
 from dask_keras_serialize.backends import NAMES
 from dask_keras_serialize.errors import PlacementError
 from dask_keras_serialize.header import FORMAT
@@ -255,9 +255,7 @@ _placed: dict[str, Any] | None = None
 
 def forbids_gpus() -> bool:
     """Say whether this process may use no GPU: it was placed so, or is shown none."""
-    if _placed is not None and _placed["device"] == "cpu":
-        return True
-    return os.environ.get(_VISIBLE, "0").strip() in ("", "-1")
+    return cuda.hidden() or (_placed is not None and _placed["device"] == "cpu")
 
 
 _RESTART = (

@@ -111,6 +111,7 @@ KERAS = {
     "Function._nodes": ("keras/src/ops/function.py", "functional models fail by value"),
     "Trainer._compile_config": ("keras/src/trainers/trainer.py", _NOT_BY_CONFIG),
     "Trainer._compile_metrics": ("keras/src/trainers/trainer.py", _NOT_BY_CONFIG),
+    "Trainer._loss_tracker": ("keras/src/trainers/trainer.py", "replicas are refilled later"),
     "Trainer._compile_loss": ("keras/src/trainers/trainer.py", _NOT_BY_CONFIG),
     "CompileMetrics._flat_metrics": ("keras/src/trainers/compile_utils.py", _NOT_BY_CONFIG),
     "CompileMetrics._flat_weighted_metrics": ("as _flat_metrics", _NOT_BY_CONFIG),
@@ -188,11 +189,8 @@ def make_functional(cls: Any) -> None:
 def describe(obj: Any) -> str:
     """Say what an object is called in errors, such as ``"layer 'dense' (my.Dense)"``."""
     kind = next((kind for cls, kind in CITIZENS.items() if isinstance(obj, cls)), "object")
-    return (
-        f"{kind} {name!r} ({full_name(type(obj))})"
-        if (name := name_of(obj))
-        else (f"{kind} ({full_name(type(obj))})")
-    )
+    name = f" {name_of(obj)!r}" if name_of(obj) else ""
+    return f"{kind}{name} ({full_name(type(obj))})"
 
 
 def name_of(obj: Any) -> str:
@@ -280,13 +278,9 @@ def trained_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Varia
 
 
 def resolved_metrics(model: keras.Model) -> list[list[str]] | None:
-    """Return the classes Keras chose for compiled metrics, output by output.
+    """Return the classes Keras chose for compiled metrics, None while they are not built.
 
-    Returns
-    -------
-    list of list of str, or None
-        Class names in order, the metrics' then the weighted metrics', one list for
-        each output; None while they are not built.
+    Names in order, the metrics' then the weighted metrics', one list for each output.
     """
     compiled = model._compile_metrics
     if compiled is None or not compiled.built:
@@ -295,6 +289,12 @@ def resolved_metrics(model: keras.Model) -> list[list[str]] | None:
         [type(metric).__name__ for metric in entry.metrics] if entry else []
         for entry in [*compiled._flat_metrics, *compiled._flat_weighted_metrics]
     ]
+
+
+def built_by_runs(model: keras.Model) -> list[Any]:
+    """Return what ``compile`` made, and the first batch builds: metrics, losses, their mean."""
+    names = ("_loss_tracker", "_compile_metrics", "_compile_loss")
+    return [part for name in names if (part := getattr(model, name, None)) is not None]
 
 
 def counts_losses(model: keras.Model) -> bool:

@@ -8,8 +8,7 @@ known to carry it whole (``fidelity``), everything else by value.
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -37,6 +36,7 @@ from dask_keras_serialize.header import (
     Encoding,
     Header,
     VariableEntry,
+    minor,
     package_version,
     python_version,
 )
@@ -47,12 +47,11 @@ logger = logging.getLogger(__name__)
 
 
 class Encoded(NamedTuple):
-    """An object on its way out: header, frames, and names for its parts."""
+    """An object on its way out: header, frames, and what they were made of."""
 
     header: Header
     frames: list[AnyFrame]
-    parts: Callable[[], Mapping[Key, Any]]
-    links: list[Any]
+    description: Description
 
 
 def encode(
@@ -131,7 +130,7 @@ def encode_parts(
         else:
             encoding, described = "config", by_its_config
     described = described or by_value.dump(obj, for_token=for_token)
-    body, variables, extras, parts, used = described
+    body, variables, extras, *_ = described
     for variable in variables:
         if variable.dtype not in ITEMSIZE:
             raise EncodeError(
@@ -169,7 +168,7 @@ def encode_parts(
     )
     if not for_token:
         meters.count(meters.PACK, sum(frame.nbytes for frame in packed), "bytes")
-    return Encoded(header.with_frames(packed), packed, parts, used)
+    return Encoded(header.with_frames(packed), packed, described)
 
 
 def decode(header: Header, buffers: Sequence[object], *, keep: bool = False) -> Any:
@@ -229,10 +228,7 @@ def decode_parts(
     -------
     Rebuilt
     """
-    _check_environment(header)
-    sizes, marks = header.frame_sizes, header.fingerprints
-    fingerprints.check(parts, sizes, marks, header.whole, header.owner, header.unread)
-    values = Values(header, parts)
+    values = values_of(header, parts)
     try:
         locations = [frames.Location(*map(int, row)) for row in header.body["extras"]]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -254,6 +250,20 @@ def decode_parts(
     meters.count(meters.PLACE, values.placed_seconds, "seconds")
     meters.count(meters.PLACE, values.placed_bytes, "bytes")
     return rebuilt
+
+
+def values_of(header: Header, parts: Sequence[AnyFrame]) -> Values:
+    """Check frames against their header; return the variables' values in them.
+
+    Raises
+    ------
+    DecodeError
+        If they are not those the header describes, or nothing can be made of them here.
+    """
+    _check_environment(header)
+    sizes, marks = header.frame_sizes, header.fingerprints
+    fingerprints.check(parts, sizes, marks, header.whole, header.owner, header.unread)
+    return Values(header, parts)
 
 
 def nbytes(obj: Any) -> int:
@@ -306,7 +316,7 @@ def _check_environment(header: Header) -> None:
     ours = {"python": python_version(), "keras": keras.version()}
     for what, version in ours.items():
         theirs = header.versions.get(what, "an unknown version")
-        if _minor(theirs) != _minor(version):
+        if minor(theirs) != minor(version):
             raise DecodeError(
                 f"{header.owner}: sent by value from {what} {theirs}, which {what} {version} "
                 "here cannot read: use the same minor version on both sides"
@@ -326,7 +336,3 @@ def _check_unbound(header: Header, here: str) -> None:
             f"Keras runs on {here!r} in this process: write that with keras.ops, or set "
             f"KERAS_BACKEND to {header.backend!r} here"
         )
-
-
-def _minor(version: str) -> list[str]:
-    return re.findall(r"\d+", version)[:2]

@@ -15,7 +15,7 @@ What is taken, and what of it is private (each has a test that fails when it mov
 - ``sizeof`` and ``normalize_token``, public.
 - ``__reduce_ex__``, ``__copy__`` and ``__deepcopy__`` of Keras's base classes, ``__reduce__``
   of the one that has it, see :mod:`dask_keras_serialize.pickling`; and what scikeras puts on
-  ``keras.Model`` as ``__deepcopy__``, which is taken off.
+  them as ``__deepcopy__`` and ``__reduce__``, which is taken off.
 - ``serialize`` of ``distributed.protocol.serialize``, which takes collections apart, and
   ``_always_use_pickle_for`` of ``distributed.protocol.pickle``, see
   :mod:`dask_keras_serialize.cluster`. Where they are not found, what items of a collection
@@ -176,7 +176,7 @@ def _take_keras(keras: Any) -> None:
 def _take_scikeras(scikeras: Any) -> None:
     from dask_keras_serialize import pickling
 
-    if "scikeras" not in _before and (restore := pickling.take_deepcopy()):
+    if "scikeras" not in _before and (restore := pickling.take_off_scikeras()):
         _before["scikeras"] = restore
 
 

@@ -131,8 +131,8 @@ def translation_from(sender: str) -> Translation | None:
     return Translation(sender) if sender != backends.current()[0] else None
 
 
-def check_installed(error: ModuleNotFoundError, header: Header) -> None:
-    """Raise DecodeError if what is missing here is the sender's backend: nobody has to install it.
+def missing(error: ModuleNotFoundError, header: Header) -> DecodeError:
+    """Say what to do about a module that is missing here: nobody has to install another backend.
 
     Parameters
     ----------
@@ -142,18 +142,22 @@ def check_installed(error: ModuleNotFoundError, header: Header) -> None:
     """
     here = backends.current()[0]
     if header.backend == here or str(error.name).partition(".")[0] not in PACKAGES[header.backend]:
-        return
+        return DecodeError(
+            f"{header.owner}: it holds code of module {error.name!r}, which is not installed here: "
+            "install it on every worker, or call "
+            f"cloudpickle.register_pickle_by_value({error.name}) before sending"
+        )
     frames = [
         frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)
     ]
     who = next(
         (f"its module {name!r}" for name in reversed(frames) if not _is_machinery(str(name))), "it"
     )
-    raise DecodeError(
+    return DecodeError(
         f"{header.owner}: {who} imports {error.name!r}, and so is bound to the backend "
         f"{header.backend!r}, but Keras runs on {here!r} in this process: import it where it is "
         f"used, or set KERAS_BACKEND to {header.backend!r} here"
-    ) from error
+    )
 
 
 def _is_machinery(module: str) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from dask_keras_serialize.header import FORMAT
+from dask_keras_serialize.header import FORMAT, minor
 
 Process = dict[str, Any]
 Level = Literal["failure", "note"]
@@ -149,7 +149,7 @@ def _handlers(process: Process, client: Process, others: Others) -> Iterator[_Fo
 def _versions(process: Process, client: Process, others: Others) -> Iterator[_Found]:
     for name, roles in (("python", ("worker", "scheduler")), ("keras", ("worker",))):
         here, there = process.get(name), client.get(name)
-        if process["role"] in roles and here and there and _minor(here) != _minor(there):
+        if process["role"] in roles and here and there and minor(here) != minor(there):
             what = f"{_differs(name, here, there)}: functions and models by value need the same"
             yield name, "failure", what, f"install the same minor version of {name} everywhere"
         elif name == "keras" and process["role"] in roles and here and there and here != there:
@@ -178,7 +178,7 @@ def _backend(process: Process, client: Process, others: Others) -> Iterator[_Fou
             what = f"{_differs('backend', here, there)}, and workers differ"
             yield "backend", "failure", what, f"set KERAS_BACKEND={there} there, and restart it"
     version, other = process.get("backend-version"), client.get("backend-version")
-    if here and here == there and version and other and _minor(version) != _minor(other):
+    if here and here == there and version and other and minor(version) != minor(other):
         way_out = f"install the same minor version of {here} everywhere"
         yield "backend", "note", _differs(here, version, other), way_out
 
@@ -276,10 +276,6 @@ _CHECKS: tuple[Callable[[Process, Process, Others], Iterator[_Found]], ...] = (
     _threads,
     _round_trip,
 )
-
-
-def _minor(version: str) -> list[str]:
-    return version.split(".")[:2]
 
 
 def _differs(name: str, here: str, there: str | None) -> str:

@@ -158,6 +158,17 @@ class Here:
     def environment(self, service: str) -> dict[str, str]:
         return SERVICES[service].get("environment", {})
 
+    def run(self, service: str) -> subprocess.CompletedProcess[str]:
+        """Run a service's command to its end."""
+        return subprocess.run(
+            self.command(service, SERVICES[service]["command"]),
+            cwd=ROOT,
+            env=os.environ | self.environment(service),
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+
     def check(self, service: str) -> subprocess.CompletedProcess[str]:
         """Run a service's health check once."""
         return subprocess.run(
@@ -210,14 +221,7 @@ def test_the_commands_run(core_bin: Path, processes: Processes, tmp_path: Path):
     for worker in ("worker-1", "worker-2"):
         here.wait_until_healthy(worker)
 
-    demo = subprocess.run(
-        here.command("demo", SERVICES["demo"]["command"]),
-        cwd=ROOT,
-        env=os.environ | here.environment("demo"),
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    demo = here.run("demo")
     assert demo.returncode == 0, demo.stdout + demo.stderr + processes.log(0)
     assert "workers that hold the model: 2" in demo.stdout
     assert "comparisons are bit-equal" in demo.stdout
@@ -226,14 +230,7 @@ def test_the_commands_run(core_bin: Path, processes: Processes, tmp_path: Path):
         assert here.check(service).returncode == 0
     assert "Traceback" not in "".join(processes.log(i) for i in range(3))
 
-    doctor = subprocess.run(
-        here.command("doctor", SERVICES["doctor"]["command"]),
-        cwd=ROOT,
-        env=os.environ | here.environment("doctor"),
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    doctor = here.run("doctor")
     assert doctor.returncode == 0, doctor.stdout + doctor.stderr
     # a GPU worker has one, or does not start
     processes.start(

@@ -1,12 +1,9 @@
 """Models spread over several devices arrive whole, and are spread again where that can be."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import keras
 import pytest
+
+from tests.conftest import run_module
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() == "torch", reason="torch has one CPU, and no way to pretend others"
@@ -21,17 +18,10 @@ SPREAD, GATHERED = {
 
 def run(*arguments):
     """Run tests.devices, for devices can be made up only before any is used; return its lines."""
-    ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.devices", *map(str, arguments)],
-        # JAX reads it when it is imported
-        env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={arguments[0]}"},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    return [line for line in ran.stdout.splitlines() if line.startswith("{")]
+    # JAX reads it when it is imported
+    flags = f"--xla_force_host_platform_device_count={arguments[0]}"
+    printed = run_module("tests.devices", *arguments, XLA_FLAGS=flags)
+    return [line for line in printed.splitlines() if line.startswith("{")]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """On a GPU: what the rest of the suite has on machines without one. Run by ``make test-gpu``."""
 
 import copy
-import os
 import pickle
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from dask_keras_serialize.by_config import variables_of
 from dask_keras_serialize.cuda import DeviceFrame
 from dask_keras_serialize.handlers import deserialize_keras, serialize_keras, serialize_on_gpu
 from tests import gpu, zoo
-from tests.conftest import ROOT, start_cluster
+from tests.conftest import ROOT, run_module, start_cluster
 from tests.pretending import BACKEND, NAME, counting_host_bytes
 from tests.test_backends import DTYPES, at
 
@@ -148,15 +147,7 @@ def test_workers_of_one_gpu_and_a_client_without(workers, processes, tmp_path):
     bin_ = Path(sys.executable).parent
     path = {"PYTHONPATH": str(ROOT)}
     address = start_cluster(processes, bin_, bin_, tmp_path, [path] * workers)
-    ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.gpu", address, str(workers), str(2 << 30)],
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "-1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    run_module("tests.gpu", address, workers, 2 << 30, CUDA_VISIBLE_DEVICES="-1")
 
 
 @pytest.mark.cluster

@@ -241,6 +241,10 @@ for twin in (pickle.loads(stream), copy.deepcopy(pipeline)):
     assert theirs.optimizer.iterations == ours.optimizer.iterations > 0
     assert twin[-1].history_ == pipeline[-1].history_
 assert pickle.dumps(keras.losses.Huber(delta=3.0)).count(b"dask_keras_serialize")
+class Overrides(keras.Model):
+    def __reduce__(self):
+        return super().__reduce__()
+assert b"scikeras._saving_utils" not in pickle.dumps(Overrides())
 dask_keras_serialize.unregister()
 assert "scikeras" in pickle.dumps(pipeline[-1].model_).decode("latin1")
 """

@@ -52,6 +52,7 @@ FOUND = {
     "Function._nodes": lambda m: zoo.functional()._nodes,
     "Trainer._compile_config": lambda m: m._compile_config.config["optimizer"],
     "Trainer._compile_metrics": lambda m: m._compile_metrics,
+    "Trainer._loss_tracker": lambda m: m._loss_tracker.total,
     "Trainer._compile_loss": lambda m: m._compile_loss.metrics,
     "CompileMetrics._flat_metrics": lambda m: m._compile_metrics._flat_metrics,
     "CompileMetrics._flat_weighted_metrics": lambda m: m._compile_metrics._flat_weighted_metrics,

@@ -63,6 +63,8 @@ def run_all(codes, **env):
 ORDERS = [
     *itertools.permutations(["import keras", "import distributed", "import dask"]),
     *itertools.permutations(["import keras", "import dask_keras_serialize"]),
+    ["from dask_keras_serialize import pack"],
+    ["import dask_keras_serialize", "dask_keras_serialize.pack"],
 ]
 
 
@@ -142,3 +144,29 @@ def test_a_model_through_the_family():
     zoo.assert_same(model, protocol.deserialize_bytes(protocol.serialize_bytes(model)))
     (copy,) = protocol.deserialize(*protocol.serialize([model]))
     zoo.assert_same(model, copy)
+
+
+WHILE_KERAS_IS_IMPORTED = """
+import threading
+from distributed import Client
+from dask_keras_serialize.cluster import holds_keras
+import wrapt
+
+def send(module):
+    thread = threading.Thread(target=holds_keras, args=([0],), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive(), "waits for the import"
+    sent.append(module)
+
+sent = []
+wrapt.register_post_import_hook(send, "keras.src.layers")
+import keras
+assert sent
+assert holds_keras([keras.Model()])
+"""
+
+
+def test_an_event_loop_does_not_wait_for_the_import_of_keras():
+    """Or it may get half of a module, or the thread that imports Keras may."""
+    run(WHILE_KERAS_IS_IMPORTED)

@@ -4,8 +4,6 @@
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,24 +14,15 @@ from distributed import Client
 
 from dask_keras_serialize import backends
 from tests import golden, zoo
-from tests.conftest import start_cluster
+from tests.conftest import ROOT, run_module, start_cluster
 
-ROOT = Path(__file__).parent.parent
 ELSEWHERE = [name for name in backends.NAMES if name != keras.backend.backend()]
 
 
 def run(backend, what, folder):
     """Run tests.golden in a process of its own on a backend; return its last line."""
-    ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.golden", what, str(folder)],
-        env=os.environ | {"KERAS_BACKEND": backend},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    return ran.stdout.strip().rpartition("\n")[2]
+    printed = run_module("tests.golden", what, folder, KERAS_BACKEND=backend)
+    return printed.strip().rpartition("\n")[2]
 
 
 @pytest.fixture(scope="session")

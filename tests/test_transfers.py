@@ -4,17 +4,13 @@ No device but the CPU is needed: an adapter is made to believe in one (tests/pre
 what is allocated on the host is counted.
 """
 
-import os
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
 
 from dask_keras_serialize.backends import borrowed
 from tests import pretending
-from tests.conftest import ROOT
+from tests.conftest import run_module
 from tests.pretending import ADAPTER, BACKEND, NAME, counting_host_bytes
 from tests.test_backends import DTYPES, at
 
@@ -143,12 +139,5 @@ def test_tensors_are_made_on_keras_s_device():
 
 @pytest.mark.skipif(NAME == "torch", reason="torch has one CPU, and no way to pretend others")
 def test_a_model_arrives_on_the_device_that_is_chosen_and_leaves_from_there():
-    ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.devices", "2", "elsewhere", ""],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    two = "--xla_force_host_platform_device_count=2"
+    run_module("tests.devices", 2, "elsewhere", "", XLA_FLAGS=two)

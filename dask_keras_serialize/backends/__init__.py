@@ -84,6 +84,13 @@ ADDED = {
     ),
 }
 
+#: Those of them that each run sets anew (``torch.nn.Module.train``).
+SET_BY_RUNS = {
+    "tensorflow": frozenset[str](),
+    "jax": frozenset[str](),
+    "torch": frozenset({"training"}),
+}
+
 #: What of a backend's has its like on every other, by module and name: what makes its tensors,
 #: a list that it watches, shapes and dtypes.
 COMMON = {
