@@ -5,6 +5,8 @@ results, ``pickle``, ``copy.deepcopy``. Importing it registers as well, for proc
 where the config turned that off. Loads neither Keras nor a backend.
 """
 
+from importlib import import_module
+
 from dask_keras_serialize.errors import (
     BusyError,
     DecodeError,
@@ -35,38 +37,39 @@ __all__ = [
     "PlaceKeras",
     "PlacementError",
     "RegisterKeras",
+    "Snapshot",
     "WarmKeras",
+    "adaptive_search",
+    "fit_rounds",
     "inspect",
     "pack",
+    "predict",
     "register",
     "registered",
     "unregister",
 ]
 
 
+#: Where what needs distributed or Keras is, which a plain pickle and a scheduler do not.
+_LATE = {
+    "PlaceKeras": "dask_keras_serialize.placement",
+    "RegisterKeras": "dask_keras_serialize.plugin",
+    "Snapshot": "dask_keras_serialize.workflows.replicas",
+    "WarmKeras": "dask_keras_serialize.warmup",
+    "adaptive_search": "dask_keras_serialize.workflows.searching",
+    "fit_rounds": "dask_keras_serialize.workflows.averaging",
+    "inspect": "dask_keras_serialize.inside",
+    "pack": "dask_keras_serialize.pickling",
+    "predict": "dask_keras_serialize.workflows.inference",
+}
+
+
 def __getattr__(name: str) -> object:
-    # distributed and Keras, which a plain pickle and a scheduler do not need
-    if name == "RegisterKeras":
-        from dask_keras_serialize.plugin import RegisterKeras
-
-        return RegisterKeras
-    if name == "PlaceKeras":
-        from dask_keras_serialize.placement import PlaceKeras
-
-        return PlaceKeras
-    if name == "WarmKeras":
-        from dask_keras_serialize.warmup import WarmKeras
-
-        return WarmKeras
-    if name == "inspect":
-        from dask_keras_serialize.inside import inspect
-
-        return inspect
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "pack":
-        from dask_keras_serialize.pickling import pack
-
-        return pack
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        import_module("keras")  # whose import installs `pickling`, which must be whole by then
+    return getattr(import_module(_LATE[name]), name)
 
 
 if not imported_by_dask():  # else the config decides, in registration.on_dask_import

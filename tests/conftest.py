@@ -11,10 +11,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import IO
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import cloudpickle
 import keras  # the suite fails where it is missing; nothing is skipped
 import pytest
 from distributed import Client, LocalCluster
@@ -28,6 +30,9 @@ collect_ignore = [f"test_{name}.py" for name in backends.NAMES if name != keras.
 #: That of all of them together, which `make test-together` runs where they all are.
 if not all(map(find_spec, (*backends.NAMES, "keras_hub"))):
     collect_ignore += ["test_together.py", "hub.py"]
+#: Those of dask-ml, which `make test-dask-ml` runs where it is.
+if not find_spec("dask_ml"):
+    collect_ignore += ["test_dask_ml.py", "test_search.py"]
 
 
 @pytest.fixture(scope="session")
@@ -102,6 +107,46 @@ def address(core_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield start_cluster(running, core_bin, Path(sys.executable).parent, folder)
     finally:
         running.stop()
+
+
+def run_example(name: str, output: Path, *arguments: str, timeout: int) -> str:
+    """Run an example as a user does, from a folder that is not the checkout; what it prints."""
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name), *arguments, "--output", str(output)],
+        cwd=output,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@contextmanager
+def travelling_by_value(*modules: ModuleType) -> Iterator[None]:
+    """Send the code of modules that workers cannot import, such as this suite's."""
+    for module in modules:
+        cloudpickle.register_pickle_by_value(module)
+    yield
+    for module in modules:
+        cloudpickle.unregister_pickle_by_value(module)
+
+
+def run_module(name: str, *arguments: object, **env: str) -> str:
+    """Run one of the tests' modules as a process, to its end; return what it prints.
+
+    For what settles once a backend is imported, or devices are used, and is another here.
+    """
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", name, *map(str, arguments)],
+        env=os.environ | env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return ran.stdout
 
 
 def start_cluster(

@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 from dask_keras_serialize import DecodeError, EncodeError, MissingPackageError, RegisterKeras
 from tests import zoo
-from tests.conftest import start_cluster
+from tests.conftest import start_cluster, travelling_by_value
 
 pytestmark = pytest.mark.cluster
 
@@ -30,12 +30,8 @@ MODELS += ["trained subclassed", "lambda and custom layer", "lossy loss"]
 @pytest.fixture(autouse=True)
 def code_travels_by_value():
     """The workers cannot import this suite."""
-    modules = [sys.modules[__name__], zoo]
-    for module in modules:
-        cloudpickle.register_pickle_by_value(module)
-    yield
-    for module in modules:
-        cloudpickle.unregister_pickle_by_value(module)
+    with travelling_by_value(sys.modules[__name__], zoo):
+        yield
 
 
 def shipped(thing):

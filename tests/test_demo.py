@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -12,7 +11,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_example
 
 DEMO = ROOT / "examples" / "demo.py"
 
@@ -20,15 +19,7 @@ DEMO = ROOT / "examples" / "demo.py"
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     output = tmp_path_factory.mktemp("demo")
-    result = subprocess.run(
-        [sys.executable, str(DEMO), "--epochs", "2", "--output", str(output)],
-        cwd=output,  # nothing may depend on the checkout's folder
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout, output
+    return run_example("demo.py", output, "--epochs", "2", timeout=180), output
 
 
 @pytest.mark.cluster

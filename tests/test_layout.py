@@ -14,10 +14,15 @@ FLOORS = [
     {"doctor"},
     {"checkup"},
     {"plugin", "placement", "warmup"},
+    {"workflows.averaging", "workflows.estimators", "workflows.inference", "workflows.searching"},
+    {"workflows.holding", "workflows.batches"},
+    {"workflows.replicas", "workflows.means", "workflows.outputs"},
+    {"workflows"},
     {"registration"},
     {"offload"},
     {"cluster", "handlers"},
     {"pickling", "inside"},
+    {"architecture"},
     {"packed", "copying"},
     {"protocol", "broken", "views", "mapped"},
     {"by_config", "by_value"},
@@ -46,6 +51,7 @@ FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in flo
 WITHOUT_KERAS = {"inside", "packed", "views", "mapped", "header", "frames", "errors"}
 
 WITH_DISTRIBUTED = {"plugin", "placement", "warmup", "checkup", "doctor"}
+WITH_DISTRIBUTED |= {"workflows.averaging", "workflows.means", "workflows.searching"}
 
 
 def modules():

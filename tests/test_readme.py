@@ -15,12 +15,20 @@ from tests.catalogue import CITIZENS
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+#: The one with a search is run by test_dask_ml.py, where dask-ml is.
+HERE = [program for program in PROGRAMS if "dask_ml" not in program]
+#: What each prints.
+PRINTED = [r"\{'accuracy': \[.*\], 'loss': \[.*\]\}", r"^\[[\d. ]+\]$"]
+
+
+def test_the_first_program_does_not_name_the_package():
+    assert "dask_keras_serialize" not in PROGRAMS[0]
 
 
 @pytest.mark.cluster
-def test_the_program_runs_as_it_stands(tmp_path):
-    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert "dask_keras_serialize" not in program
+@pytest.mark.parametrize(("program", "printed"), list(zip(HERE, PRINTED, strict=True)))
+def test_programs_run_as_they_stand(tmp_path, program, printed):
     script = tmp_path / "program.py"
     script.write_text(program)
     done = subprocess.run(
@@ -32,7 +40,7 @@ def test_the_program_runs_as_it_stands(tmp_path):
         timeout=200,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert re.search(r"\{'accuracy': \[.*\], 'loss': \[.*\]\}", done.stdout)
+    assert re.search(printed, done.stdout, re.MULTILINE)
 
 
 def test_the_doctor_says_what_it_shows():
@@ -75,7 +83,8 @@ def test_every_make_target_it_names_is_there():
 
 
 def test_it_names_every_module():
-    for path in (ROOT / "dask_keras_serialize").glob("*.py"):
+    package = ROOT / "dask_keras_serialize"
+    for path in [*package.glob("*.py"), *package.glob("workflows/*.py")]:
         if path.name not in ("__init__.py", "plugin.py"):
             assert path.name in README, path.name
 
