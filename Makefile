@@ -31,7 +31,8 @@ GPU_VENV := $(VENV)-gpu-$(KERAS_BACKEND)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-jax test-torch test-together test-gpu test-long lint format bench fidelity build clean
+.PHONY: help install demo examples test test-jax test-torch test-together test-dask-ml test-gpu \
+  test-examples test-long lint format bench fidelity build clean
 
 help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +50,13 @@ $(INSTALLED): setup.cfg pyproject.toml
 demo: $(INSTALLED) ## train and predict on two workers, check every bit, draw examples/output/demo.png
 	$(BIN)/python examples/demo.py
 
+examples: $(INSTALLED) ## run all examples but the notebook, three minutes; pictures go to examples/output
+	@for script in examples/*.py; do \
+	  if grep -Eq '^ *(import|from) dask_ml' $$script && ! $(BIN)/python -c 'import dask_ml' 2>/dev/null; \
+	  then echo "$$script is left out: it needs dask-ml"; \
+	  else echo "== $$script" && $(BIN)/python $$script || exit 1; fi; \
+	done
+
 test: $(INSTALLED) ## run the tests, but for the slow ones
 	$(BIN)/python -m pytest -m "$(MARKS)" -n $(TEST_PROCESSES) --dist loadfile --session-timeout=$(TEST_SECONDS) $(PYTEST_ARGS)
 
@@ -62,6 +70,12 @@ test-together: ## run the tests of changing backend, in an environment with all 
 	$(MAKE) test BACKEND_EXTRA=together VENV=$(VENV)-together KERAS_BACKEND=jax \
 	  EXTRAS=test,together PYTEST_ARGS="tests/test_together.py --timeout=900"
 
+# what dask-ml asks for stays out of the other environments
+test-dask-ml: ## run the tests of dask-ml's searches, in an environment of its own
+	$(MAKE) test VENV=$(VENV)-dask-ml KERAS_BACKEND=tensorflow \
+	  EXTRAS=test,bench,dask-ml,tensorflow-cpu \
+	  PYTEST_ARGS="tests/test_dask_ml.py tests/test_search.py tests/test_sklearn.py --timeout=600"
+
 # the processes of these tests share a GPU: none may take most of it at once
 test-gpu: export XLA_PYTHON_CLIENT_PREALLOCATE = false
 test-gpu: export TF_FORCE_GPU_ALLOW_GROWTH = true
@@ -69,6 +83,9 @@ test-gpu: ## run the tests and the benchmark that need a GPU, in an environment 
 	$(MAKE) test BACKEND_EXTRA=$(GPU_EXTRA) VENV=$(GPU_VENV) EXTRAS=test,bench,$(GPU_EXTRA) \
 	  MARKS=gpu TEST_PROCESSES=0
 	$(GPU_VENV)/bin/python benchmarks/gpu.py
+
+test-examples: $(INSTALLED) ## run the examples, and look at what they print and draw
+	$(BIN)/python -m pytest -m slow tests/test_examples.py $(PYTEST_ARGS)
 
 test-long: $(INSTALLED) ## run the slow tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
