@@ -10,7 +10,7 @@ VENV ?= .venv
 BACKEND_EXTRA ?= tensorflow-cpu
 EXTRAS ?= test,bench,dev,$(BACKEND_EXTRA)
 PYTEST_ARGS ?=
-MARKS ?= not slow and not gpu
+MARKS ?= not slow and not programs and not gpu
 # files of tests run side by side: much of the time goes into processes that start; 0 for one by one
 TEST_PROCESSES ?= 2
 # a hang ends here; on a quiet machine the tests take well under twelve minutes
@@ -32,10 +32,10 @@ GPU_VENV := $(VENV)-gpu-$(KERAS_BACKEND)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo examples test test-jax test-torch test-together test-dask-ml test-gpu \
-  test-examples test-long lint format bench fidelity build clean
+  test-programs test-long lint format bench fidelity build clean
 
 help: ## say what each target does
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## make .venv with the package, editable, and all that development needs
 
@@ -57,7 +57,7 @@ examples: $(INSTALLED) ## run all examples but the notebook, three minutes; pict
 	  else echo "== $$script" && $(BIN)/python $$script || exit 1; fi; \
 	done
 
-test: $(INSTALLED) ## run the tests, but for the slow ones
+test: $(INSTALLED) ## run the tests, but for those of whole programs and the slow ones
 	$(BIN)/python -m pytest -m "$(MARKS)" -n $(TEST_PROCESSES) --dist loadfile --session-timeout=$(TEST_SECONDS) $(PYTEST_ARGS)
 
 test-jax: ## run the tests on JAX, in an environment of its own
@@ -72,7 +72,7 @@ test-together: ## run the tests of changing backend, in an environment with all 
 
 # what dask-ml asks for stays out of the other environments
 test-dask-ml: ## run the tests of dask-ml's searches, in an environment of its own
-	$(MAKE) test VENV=$(VENV)-dask-ml KERAS_BACKEND=tensorflow \
+	$(MAKE) test VENV=$(VENV)-dask-ml KERAS_BACKEND=tensorflow MARKS="not gpu" \
 	  EXTRAS=test,bench,dask-ml,tensorflow-cpu \
 	  PYTEST_ARGS="tests/test_dask_ml.py tests/test_search.py tests/test_sklearn.py --timeout=600"
 
@@ -84,8 +84,8 @@ test-gpu: ## run the tests and the benchmark that need a GPU, in an environment 
 	  MARKS=gpu TEST_PROCESSES=0
 	$(GPU_VENV)/bin/python benchmarks/gpu.py
 
-test-examples: $(INSTALLED) ## run the examples, and look at what they print and draw
-	$(BIN)/python -m pytest -m slow tests/test_examples.py $(PYTEST_ARGS)
+test-programs: ## run examples, README's programs, commands, clusters of many kinds
+	$(MAKE) test MARKS=programs
 
 test-long: $(INSTALLED) ## run the slow tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -18,6 +18,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import cloudpickle
 import keras  # the suite fails where it is missing; nothing is skipped
+import numpy as np
 import pytest
 from distributed import Client, LocalCluster
 
@@ -33,6 +34,18 @@ if not all(map(find_spec, (*backends.NAMES, "keras_hub"))):
 #: Those of dask-ml, which `make test-dask-ml` runs where it is.
 if not find_spec("dask_ml"):
     collect_ignore += ["test_dask_ml.py", "test_search.py"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trained_once() -> None:
+    """Train before scikeras does.
+
+    Its ``random_state`` sets TF_DETERMINISTIC_OPS for as long as it trains, which TensorFlow reads
+    once, at a process's first training: all that came after would add otherwise than workers do.
+    """
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    model.fit(np.ones((1, 1)), np.ones((1, 1)), verbose=0)
 
 
 @pytest.fixture(scope="session")
@@ -53,8 +66,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def core_bin(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Install the wheel, and nothing else, into an environment of its own."""
     folder = tmp_path_factory.mktemp("core")
-    venv.create(folder, with_pip=True)
-    pip = [str(folder / "bin" / "pip"), "install", "--quiet", str(wheel)]
+    venv.create(folder)
+    pip = [sys.executable, "-m", "pip", "--python", str(folder), "install", "--quiet", str(wheel)]
     subprocess.run(pip, check=True, capture_output=True, timeout=240)
     return folder / "bin"
 
@@ -80,9 +93,9 @@ class Processes:
         return (self._logs / f"{number}.log").read_text()
 
     def stop(self) -> None:
-        for process, _ in reversed(self._running):
+        # one by one, the scheduler last: a worker that it tells to close while a signal does hangs
+        for process, log in reversed(self._running):
             process.terminate()
-        for process, log in self._running:
             try:
                 process.wait(8)
             except subprocess.TimeoutExpired:

@@ -378,6 +378,7 @@ def kill(client, worker):
         time.sleep(0.05)
 
 
+@pytest.mark.programs
 @pytest.mark.cluster
 def test_each_thread_rebuilds_once(mortals):
     mortals.wait_for_workers(2)
@@ -390,6 +391,7 @@ def test_each_thread_rebuilds_once(mortals):
     assert sum(sum(counts.values()) for counts in seen) == 48
 
 
+@pytest.mark.programs
 @pytest.mark.cluster
 def test_a_worker_may_die_between_rounds(mortals):
     mortals.wait_for_workers(2)
@@ -431,6 +433,7 @@ def test_a_worker_may_die_while_it_trains(mortals, tmp_path):
         fit_rounds(model, die_once(tmp_path / "again"), parts, client=mortals)
 
 
+@pytest.mark.programs
 @pytest.mark.cluster
 def test_a_part_that_is_gone_is_an_error(mortals):
     mortals.wait_for_workers(2)

@@ -68,6 +68,7 @@ def test_all_by_every_route(name, route):
     assert_arrives(name, route)
 
 
+@pytest.mark.programs
 def test_in_a_fresh_interpreter(tmp_path):
     """All that this process knows of an object is gone there but its pickle."""
     sent = {}

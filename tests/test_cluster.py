@@ -299,6 +299,7 @@ def test_the_scheduler_never_loads_keras(client):
     assert client.run_on_scheduler(loaded) == []
 
 
+@pytest.mark.programs
 def test_a_scheduler_that_has_keras_does_not_load_it_either(processes, tmp_path):
     here = Path(sys.executable).parent
     address = start_cluster(processes, here, here, tmp_path)
@@ -474,6 +475,7 @@ def environment_without_us(folder: Path) -> Path:
     return script.parent
 
 
+@pytest.mark.programs
 def test_the_plugin_registers_where_the_config_does_not(processes, tmp_path, core_bin):
     here = Path(sys.executable).parent
     off = {"DASK_DASK_KERAS_SERIALIZE__REGISTER": "False"}

@@ -203,6 +203,7 @@ def free_ports(count: int) -> list[str]:
 @pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="the file's images have TensorFlow"
 )
+@pytest.mark.programs
 def test_the_commands_run(core_bin: Path, processes: Processes, tmp_path: Path):
     """The very commands and health checks of the file, in the order it asks for."""
     here = Here(core_bin, tmp_path / "output")

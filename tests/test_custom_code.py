@@ -140,6 +140,7 @@ print(model.predict(np.zeros((1, 2)), verbose=0).tolist())
 """
 
 
+@pytest.mark.programs
 def test_a_module_travels_by_reference_or_as_cloudpickle_is_told(tmp_path):
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "mylayers.py").write_text(MODULE)

@@ -22,6 +22,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     return run_example("demo.py", output, "--epochs", "2", timeout=180), output
 
 
+@pytest.mark.programs
 @pytest.mark.cluster
 def test_says_what_it_does_and_that_it_is_equal(demo):
     printed, _ = demo
@@ -41,6 +42,7 @@ def test_says_what_it_does_and_that_it_is_equal(demo):
     assert "DIFFER" not in printed
 
 
+@pytest.mark.programs
 @pytest.mark.cluster
 def test_model_learns(demo):
     printed, _ = demo
@@ -48,6 +50,7 @@ def test_model_learns(demo):
     assert 80 < first < second
 
 
+@pytest.mark.programs
 @pytest.mark.cluster
 def test_draws_a_picture(demo):
     _, output = demo

@@ -45,6 +45,7 @@ def keys_left(client):
     return keys
 
 
+@pytest.mark.programs
 @pytest.mark.cluster
 def test_a_cluster_that_is_right(client, address):
     done = subprocess.run(
@@ -109,6 +110,7 @@ def test_a_client_without_keras(core_bin, address):
     assert "pip install" in failure["way-out"]
 
 
+@pytest.mark.programs
 @pytest.mark.cluster
 def test_workers_that_are_wrong_each_in_its_way(core_bin, processes, tmp_path):
     """One without the package, one not registered, one busy, one stopped; and one that is right."""
@@ -183,6 +185,7 @@ def until_exists(file):
         time.sleep(0.1)
 
 
+@pytest.mark.programs
 @pytest.mark.cluster
 def test_a_cluster_without_workers(processes, tmp_path):
     address = start_cluster(processes, BIN, BIN, tmp_path, [])

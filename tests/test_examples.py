@@ -67,7 +67,7 @@ def test_the_readme_lists_every_example_and_no_other():
     assert sorted(text for text, _ in table) == sorted({*there} - {"README.md"})
 
 
-@pytest.mark.slow
+@pytest.mark.programs
 @pytest.mark.cluster
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script(name, tmp_path):
@@ -101,6 +101,7 @@ nbformat.write(notebook, executed)
 """
 
 
+@pytest.mark.programs
 @pytest.mark.cluster
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook(name, tmp_path):

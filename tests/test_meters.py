@@ -45,6 +45,7 @@ def same(model):
     return model
 
 
+@pytest.mark.programs
 @pytest.mark.cluster
 def test_a_worker_tells_the_dashboard():
     model = zoo.build("trained")

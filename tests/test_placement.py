@@ -162,6 +162,7 @@ def test_a_gpu_that_was_chosen_before_is_not_passed_over(monkeypatch):
         PlaceKeras(device=1)._settle(1, "3,5")
 
 
+@pytest.mark.programs
 @pytest.mark.cluster
 def test_a_later_worker_that_cannot_is_closed():
     warned = []
@@ -181,6 +182,7 @@ def test_a_later_worker_that_cannot_is_closed():
     assert re.match(r"worker tcp://.*device=3 is asked for.*it is closed", said)
 
 
+@pytest.mark.programs
 @pytest.mark.cluster
 def test_each_worker_has_a_device_of_its_own(client):
     with pytest.raises(PlacementError, match=r"worker tcp://.* \(1\): .*says nothing of a worker"):
@@ -196,6 +198,7 @@ def test_each_worker_has_a_device_of_its_own(client):
     }
 
 
+@pytest.mark.programs
 @pytest.mark.cluster
 def test_what_dask_cuda_has_set_is_left():
     """As LocalCUDACluster makes them: each worker sees all GPUs, its own first."""
@@ -216,6 +219,7 @@ def test_what_dask_cuda_has_set_is_left():
             zoo.assert_same(model, far)
 
 
+@pytest.mark.programs
 @pytest.mark.cluster
 def test_what_a_worker_cannot_do_names_it(client):
     other = next(name for name in backends.NAMES if name != HERE)

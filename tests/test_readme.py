@@ -26,6 +26,7 @@ def test_the_first_program_does_not_name_the_package():
     assert "dask_keras_serialize" not in PROGRAMS[0]
 
 
+@pytest.mark.programs
 @pytest.mark.cluster
 @pytest.mark.parametrize(("program", "printed"), list(zip(HERE, PRINTED, strict=True)))
 def test_programs_run_as_they_stand(tmp_path, program, printed):

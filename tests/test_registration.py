@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import dask.sizeof
 import keras
+import pytest
 from distributed import Client, protocol
 from distributed.protocol.cuda import cuda_serialize
 from distributed.protocol.serialize import dask_deserialize, dask_serialize, families
@@ -68,6 +69,7 @@ ORDERS = [
 ]
 
 
+@pytest.mark.programs
 def test_every_import_order():
     run_all(["\n".join(order) + OURS for order in ORDERS])
 
@@ -75,6 +77,7 @@ def test_every_import_order():
 OFF = {"DASK_DASK_KERAS_SERIALIZE__REGISTER": "False"}
 
 
+@pytest.mark.programs
 def test_a_config_key_turns_it_off_and_an_import_on():
     on = ("import dask, dask_keras_serialize", "import dask_keras_serialize, dask")
     run_all(["import distributed" + STALE, *(imports + OURS for imports in on)], **OFF)
@@ -85,6 +88,7 @@ def test_what_was_cached_under_the_old_handler_is_forgotten():
     run(STALE + "import dask_keras_serialize" + OURS, **OFF)
 
 
+@pytest.mark.programs
 def test_unregister_puts_back_what_was_there():
     run("import dask_keras_serialize as d\nd.unregister()" + STALE)
     run("import dask_keras_serialize as d" + OURS + "d.unregister()" + STALE)

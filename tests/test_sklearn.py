@@ -43,7 +43,7 @@ from dask_keras_serialize import protocol
 from tests import zoo
 from tests.conftest import local_client
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.programs]
 
 # whole batches of 32 in each fold: JAX compiles for each size
 DIGITS = [part[:192] for part in load_digits(return_X_y=True)]

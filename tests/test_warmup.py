@@ -122,6 +122,7 @@ def test_workers_keep_what_is_warm_until_the_future_is_gone(client):
         time.sleep(0.05)
 
 
+@pytest.mark.programs
 @pytest.mark.cluster
 def test_later_workers_are_warm_and_start_even_if_the_model_is_gone(client):
     future = client.scatter(fresh(), broadcast=True, hash=False)
@@ -205,6 +206,7 @@ def _plugin(shape):
     return plugin
 
 
+@pytest.mark.programs
 @pytest.mark.cluster
 def test_what_cannot_be_warmed_is_an_error_that_names_it(client):
     future = client.scatter(fresh(), broadcast=True, hash=False)
