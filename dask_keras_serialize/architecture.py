@@ -9,6 +9,7 @@ may have read when it traced the model: vocabularies, and what a Normalization w
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -43,15 +44,15 @@ class Architecture(NamedTuple):
         The place of each in the header's table.
     metrics : list or None
         Which metrics the first batch chose, see :func:`private.resolved_metrics`.
-    history : dict or None
-        What ``fit`` left, see :func:`fidelity.history_of`.
+    left : dict
+        What runs left on it, see :func:`leave`.
     """
 
     digest: bytes
     variables: list[keras.Variable]
     order: list[int]
     metrics: list[list[str]] | None
-    history: dict[str, Any] | None
+    left: dict[str, Any]
 
 
 def architecture_of(
@@ -113,7 +114,21 @@ def architecture_of(
     variables += metrics.values()
     order = [places[id(v)] for v in variables] if places else []
     chosen = private.resolved_metrics(model) if model.compiled else None
-    return Architecture(digest.digest(), variables, order, chosen, history)
+    flags = {name: value for name, value in vars(model).items() if name in RUN - {"history"}}
+    return Architecture(digest.digest(), variables, order, chosen, flags | {"history": history})
+
+
+def leave(model: keras.Model, left: dict[str, Any]) -> None:
+    """Leave on a model what runs left on another: its history, and flags that stop one."""
+    state = vars(model)
+    state.pop("history", None)
+    by_config.restore_history(model, copy.deepcopy(left["history"]))
+    state.update({name: left.get(name, False) for name in RUN - {"history"} if name in state})
+
+
+def forget_traces(model: keras.Model) -> None:
+    """Let the backend trace anew what it may have traced of another architecture."""
+    model.train_function = model.test_function = model.predict_function = None
 
 
 def _without_run(config: str) -> str:

@@ -7,6 +7,7 @@ import functools
 import os
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -317,6 +318,25 @@ def test_what_train_raises_is_raised_and_the_model_is_as_it_was(client):
     with pytest.raises(KeyError):  # stops the rest
         fit_rounds(model, fit, PARTS, rounds=50, on_round=lambda number, logs: {}[number])
     assert weights_of(model) == by_hand(make(), fit, PARTS, 1)[0]
+
+
+def lock(model, part):
+    return threading.Lock()
+
+
+def grow(model, part):
+    model.add(layers.Dense(2))
+
+
+@pytest.mark.cluster
+def test_what_train_may_not_do_is_said(client):
+    model = make()
+    before = weights_of(model)
+    with pytest.raises(TypeError, match="what train returned, a lock, cannot travel: return numb"):
+        fit_rounds(model, lock, PARTS, rounds=2)
+    with pytest.raises(ValueError, match="train made other weights of model 'sequential"):
+        fit_rounds(model, grow, PARTS, rounds=2)
+    assert weights_of(model) == before
 
 
 @pytest.mark.cluster

@@ -17,6 +17,7 @@ from dask_ml.wrappers import Incremental, ParallelPostFit
 from distributed import Client
 from sklearn.datasets import load_digits
 
+from dask_keras_serialize.workflows.inference import predict
 from dask_keras_serialize.workflows.searching import adaptive_search
 from tests import searched
 from tests.conftest import ROOT, Processes, local_client, start_cluster
@@ -163,6 +164,10 @@ def test_parallel_post_fit(client):
         here = model.estimator.predict_proba(X)
         np.testing.assert_allclose(model.predict_proba(x).compute(), here, atol=1e-5)
         np.testing.assert_array_equal(np.asarray(model.predict(x)), here.argmax(axis=1))
+        ours = predict(model.estimator.model_, x)
+        theirs = model.predict_proba(x)
+        assert (ours.chunks, ours.dtype) == (theirs.chunks, theirs.dtype)
+        np.testing.assert_array_equal(ours.compute(), theirs.compute())
 
 
 def test_a_search_over_a_wrapper_of_ones_own(client):

@@ -274,6 +274,84 @@ def test_callbacks_do_not_carry_the_model():
     assert counts == {"kept": 1}
 
 
+KEPT_MODELS = []
+
+
+class Keeps(keras.callbacks.Callback):
+    """Keeps the model, somewhere."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where = where
+
+    def on_train_end(self, logs=None):
+        if self.where == "attribute":
+            self.best = self.model
+        elif self.where == "list":
+            self.all = [self.model]
+        else:
+            KEPT_MODELS.append(self.model)
+
+
+def kept_by(where):
+    KEPT_MODELS.clear()
+    if where == "lambda":
+        return keras.callbacks.LambdaCallback(
+            on_train_end=lambda logs: KEPT_MODELS.append(KEPT["estimator"]._holder.model())
+        )
+    return Keeps(where)
+
+
+@pytest.mark.parametrize("where", ["attribute", "list", "global", "lambda"])
+def test_a_model_that_a_callback_keeps_is_not_trained_by_copies(where):
+    callback = kept_by(where)
+    # not a parameter: those are copied, and what was kept with them
+    KEPT["estimator"] = estimator = classifier().fit(X, Y)
+    estimator._fit_callbacks = [callback]
+    estimator.partial_fit(X, Y)
+    (model,) = [*KEPT_MODELS, *getattr(callback, "all", [getattr(callback, "best", None)])][:1]
+    before = model.get_weights()
+    copy.deepcopy(estimator).partial_fit(X, Y)
+    for ours, kept in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, kept)
+
+
+class Drops(keras.callbacks.Callback):
+    """Changes what was traced already."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.layers[1].rate = 0.9
+
+
+def test_what_a_callback_changes_is_traced_anew():
+    if keras.backend.backend() == "torch":
+        pytest.skip("PyTorch traces nothing, and draws from numbers of its own")
+    losses = []
+    for cls in (WarmClassifier, KerasClassifier):
+        estimator = classifier(cls, callbacks=Drops, model__dropout=0.01).partial_fit(X, Y)
+        losses.append([dict(rounds(estimator, n)[0].history_)["loss"] for n in (1, 2)])
+    assert losses[0] == losses[1]
+
+
+def test_nothing_is_traced_anew_without_need():
+    estimator, traced = classifier().partial_fit(X, Y), []
+    for _ in range(3):
+        with estimator._holder.using("trains"):
+            traced.append(estimator.model_.train_function)
+        estimator = copy.deepcopy(estimator).partial_fit(X, Y)
+    assert traced[0] is traced[1] is traced[2] is not None
+
+
+def test_data_that_are_refused_leave_the_model():
+    estimator = classifier().fit(X, Y)
+    expected = estimator.predict_proba(X)
+    bad = X.copy()
+    bad[0, 0] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        estimator.fit(bad, Y)
+    np.testing.assert_array_equal(estimator.predict_proba(X), expected)
+
+
 def test_what_cannot_travel_is_copied_all_the_same():
     def locked(meta):
         model = build(meta)

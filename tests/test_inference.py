@@ -132,6 +132,19 @@ def test_nothing_is_computed_and_nothing_changes_until_it_is_asked_for():
         predict(model, x).compute()
 
 
+def test_training_and_its_predictions_before_are_told_apart():
+    model = zoo.build("trained")
+    x = da.from_array(zoo.X, chunks=(8, 8))
+    before = copy.deepcopy(model)
+    earlier, first = predict(model, x), by_chunks(model, zoo.X, (8,) * 4)
+    model.fit(zoo.X, zoo.LABELS, verbose=0)
+    later, second = predict(model, x), by_chunks(model, zoo.X, (8,) * 4)
+    assert not np.array_equal(first[0], second[0])
+    for lazy, expected in zip(dask.compute(earlier, predict(before, x), later),
+                              (first[0], first[0], second[0]), strict=True):  # fmt: skip
+        np.testing.assert_array_equal(lazy, expected)
+
+
 def test_chunks_of_unknown_and_of_no_rows():
     model = classifier()
     x = da.from_array(X, chunks=(SIZES, 64))
@@ -144,6 +157,9 @@ def test_chunks_of_unknown_and_of_no_rows():
     assert_is(lazy, [expected])
     nothing = predict(model, x[:0])
     assert_is(nothing, [np.empty((0, 10), "float32")])
+    unknown = predict(model, x[:0], meta=np.empty((0, 0), "float32"))
+    with pytest.raises(ValueError, match=r"a chunk has no rows, .* or leave out chunks without"):
+        unknown.compute()
 
 
 def test_outputs_and_inputs_in_structures():
@@ -213,6 +229,15 @@ def test_columns_go_to_inputs_of_their_names():
         predict(model, frame[["p2", "name"]])
     with pytest.raises(TypeError, match=r"these columns are none: 'name' \("):
         predict(classifier(), frame)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="models take strings on TensorFlow alone")
+def test_a_column_of_strings_goes_to_a_model_that_takes_them():
+    lookup = layers.StringLookup(vocabulary=["a", "b"])
+    model = keras.Sequential([keras.Input((1,), dtype="string"), lookup])
+    frame = dd.from_pandas(pd.DataFrame({"s": ["b", "a", "c", "b"]}), npartitions=2)
+    for columns in (frame, frame.s):
+        assert predict(model, columns).compute().ravel().tolist() == [2, 1, 0, 2]
 
 
 @pytest.mark.parametrize("batch_size", [None, 16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import pickle
 import sys
@@ -182,6 +183,54 @@ def test_what_a_borrower_does_to_the_architecture_goes_no_further():
     with snapshot.replica() as replica:
         zoo.assert_same(model, replica)
     assert counts == {"rebuilt": 2}
+
+
+def spoil_dropout(model):
+    model.layers[1].rate = 0.9
+
+
+def spoil_optimizer(model):
+    model.optimizer.clipnorm = 1e-6
+
+
+@pytest.mark.parametrize("change", [spoil_dropout, spoil_optimizer])
+def test_what_was_traced_before_a_change_is_not_used_after_it(change):
+    keras.utils.set_random_seed(0)
+    layers = [keras.Input((8,)), keras.layers.Dense(64), keras.layers.Dropout(0.01, seed=1)]
+    model = keras.Sequential([*layers, keras.layers.Dense(3, "softmax")])
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    model.optimizer.build(model.trainable_variables)
+    changed = Snapshot(model).open()
+    change(changed)
+    with Snapshot(model).replica() as replica:
+        replica.train_on_batch(zoo.X, zoo.LABELS)
+        change(replica)
+    snapshot, moved = Snapshot(changed), []
+    for borrowed in (True, False):
+        keras.utils.set_random_seed(0)
+        if borrowed:
+            with snapshot.replica() as replica:
+                replica.train_on_batch(zoo.X, zoo.LABELS)
+                moved.append([zoo.to_bytes(v) for v in replica.weights])
+        else:
+            opened = snapshot.open()
+            opened.train_on_batch(zoo.X, zoo.LABELS)
+            moved.append([zoo.to_bytes(v) for v in opened.weights])
+    assert counts == {"rebuilt": 1, "filled": 1}
+    assert moved[0] == moved[1]
+
+
+def test_flags_of_a_run_are_the_snapshots():
+    model = zoo.build("trained")
+    stopped = copy.deepcopy(model)
+    stopped.stop_training = True
+    snapshots = Snapshot(model), Snapshot(stopped)
+    for _ in range(2):
+        for snapshot, expected in zip(snapshots, (False, True), strict=True):
+            with snapshot.replica() as replica:
+                assert replica.stop_training is snapshot.open().stop_training is expected
+                replica.stop_training = not expected
+    assert counts == {"rebuilt": 1, "filled": 3}
 
 
 def test_metrics_chosen_for_other_targets_are_not_used():

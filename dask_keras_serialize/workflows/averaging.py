@@ -19,7 +19,7 @@ import cloudpickle
 import dask
 import numpy as np
 
-from dask_keras_serialize.workflows.means import Weights, logs_of, mean_of
+from dask_keras_serialize.workflows.means import Weights, closed, logs_of, mean_of
 from dask_keras_serialize.workflows.replicas import Snapshot
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def fit_rounds(
     ValueError
         If the model is not built, there are no parts, or weights or rounds that are none.
     TypeError
-        If the client is asynchronous.
+        If the client is asynchronous, or what ``train`` returned cannot be pickled.
     EncodeError
         If the model cannot travel without losing something.
     RuntimeError
@@ -229,7 +229,7 @@ class _Rounds:
             try:
                 if gathering.done():
                     mean, logs = gathering.result()
-                    return mean, logs
+                    return mean, list(map(cloudpickle.loads, logs))
             except (CancelledError, concurrent.futures.CancelledError):
                 # what was scattered is lost with the last worker that had it
                 if not self._gone():
@@ -302,11 +302,17 @@ def _sent(client: Client, parts: Sequence[Any]) -> list[Any]:
 
 def _train(
     train: bytes, part: Any, base: Snapshot, mean: Weights | None, place: tuple[int, int]
-) -> tuple[Weights, Any]:
+) -> tuple[Weights, bytes]:
     with base.replica(mean, keep_metrics=True) as model:
         _draw_apart(model, place)
+        shapes = [tuple(weight.shape) for weight in model.weights]
         logs = _opened(train)(model, part)
-        return _weights_of(model), logs
+        if [tuple(weight.shape) for weight in model.weights] != shapes:
+            raise ValueError(
+                f"train made other weights of model {model.name!r}: let it change their values "
+                "alone, or there is no mean of them"
+            )
+        return _weights_of(model), closed(logs)
 
 
 @functools.lru_cache(maxsize=2)

@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from dask_keras_serialize.broken import BrokenObject
+from dask_keras_serialize.packed import Parcel
 from dask_keras_serialize.workflows.outputs import (
     Rows,
     floats_as_keras,
@@ -47,6 +48,8 @@ def replica(model: Any) -> Any:
     """
     if isinstance(model, BrokenObject):
         model()
+    if isinstance(model, Parcel):
+        model = model.open()
     import keras
 
     if not isinstance(model, keras.Model):
@@ -177,7 +180,7 @@ def of_frame(model: Any, frame: Any) -> Any:
     Raises
     ------
     ValueError, TypeError
-        If a column is not there, or is not of numbers.
+        If a column is not there, or is not of numbers and the model does not take strings.
     """
     if frame.ndim == 1:
         return frame.to_numpy()[:, np.newaxis]
@@ -190,6 +193,8 @@ def of_frame(model: Any, frame: Any) -> Any:
                 f"{', '.join(map(repr, missing))} among {', '.join(map(repr, frame.columns))}"
             )
         return {name: frame[name].to_numpy()[:, np.newaxis] for name in names}
+    if [str(each.dtype) for each in getattr(model, "inputs", None) or []] == ["string"]:
+        return frame.to_numpy(object)
     wrong = [
         f"{name!r} ({dtype})" for name, dtype in frame.dtypes.items() if dtype.kind not in "biuf"
     ]
@@ -308,7 +313,8 @@ def _to_tensor(array: Any) -> Any:
 def _no_rows(model: Any, rows: Rows) -> Any:
     if None in rows.shape:
         raise ValueError(
-            f"{_name(model)}: a chunk has no rows, and its output is {rows}: give predict meta="
+            f"{_name(model)}: a chunk has no rows, and its output is {rows}: give predict "
+            "the sizes by meta=, or leave out chunks without rows"
         )
     return rows.empty()
 

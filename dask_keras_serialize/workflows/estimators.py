@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from scikeras.wrappers import KerasClassifier, KerasRegressor
@@ -78,28 +79,40 @@ class Warm:
 
     def _fit(self, *args: Any, **kwargs: Any) -> None:
         warm = getattr(self, "warm_start", False) or kwargs.get("warm_start")
+        before = self._holder
         if not (warm and self.initialized_):
             self._hold_anew()  # the old one may be another's, by copy.copy
-        with self._holder.using("trains"):
-            super()._fit(*args, **kwargs)  # type: ignore[misc]
-        self._let_go()
+        try:
+            with self._holder.using("trains"):
+                super()._fit(*args, **kwargs)  # type: ignore[misc]
+                self._let_go("_fit_callbacks")
+        except BaseException:
+            if not self.initialized_:  # the data were refused: as scikeras, go on with the old one
+                vars(self)["_holds"] = before
+            raise
 
     def _predict_raw(self, *args: Any, **kwargs: Any) -> Any:
         if not self.initialized_:
             return super()._predict_raw(*args, **kwargs)  # type: ignore[misc]
         with self._holder.using("reads"):
             predicted = super()._predict_raw(*args, **kwargs)  # type: ignore[misc]
-        self._let_go()
+            self._let_go("_predict_callbacks")
         return predicted
 
-    def _let_go(self) -> None:
+    def _let_go(self, name: str) -> None:
         """Take the model from callbacks, which are copied with it; each run gives it to them."""
         import keras
 
-        for name in ("_fit_callbacks", "_predict_callbacks"):
-            for callback in keras.tree.flatten(getattr(self, name, [])):
-                # past what a class of its own, such as TensorBoard's, does beside
-                keras.callbacks.Callback.set_model(callback, None)
+        for callback in keras.tree.flatten(getattr(self, name, [])):
+            # past what a class of its own, such as TensorBoard's, does beside
+            keras.callbacks.Callback.set_model(callback, None)
+            own = dict(vars(callback))
+            for cls in type(callback).__mro__:
+                if not cls.__module__.startswith("keras."):
+                    own |= vars(cls)
+            functions = any(map(inspect.isroutine, vars(callback).values()))
+            if functions or not type(callback).__module__.startswith("keras."):
+                self._holder.handed_out(kept=_reach_keras(own.values(), set()))
 
     def __sizeof__(self) -> int:
         return super().__sizeof__() + self._holder.nbytes
@@ -130,6 +143,11 @@ def _keeps_keras(function: Any, seen: set[int]) -> bool:
     reached = inspect.getclosurevars(function)
     values = [*reached.nonlocals.values(), *reached.globals.values()]
     values += function.__defaults__ or ()
+    return _reach_keras(values, seen)
+
+
+def _reach_keras(values: Iterable[Any], seen: set[int]) -> bool:
+    """Say whether one of Keras's objects is among values, in them, or reached by functions."""
     for value in values:
         own = {} if isinstance(value, (type, types.ModuleType)) else getattr(value, "__dict__", {})
         if holds_keras(value) or any(map(holds_keras, own.values())) or _keeps_keras(value, seen):

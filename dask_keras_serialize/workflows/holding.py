@@ -79,6 +79,16 @@ class Held:
                 self._changed()
             return self._replica.model
 
+    def handed_out(self, *, kept: bool) -> None:
+        """Note that code of the user's had the model while it ran, and whether it kept it."""
+        from dask_keras_serialize.architecture import forget_traces
+
+        with self._lock:
+            self._exposed = self._exposed or kept
+            # it may have changed what was traced before; later that shows, by comparison
+            if self._replica is not None and not self._replica.comparable:
+                forget_traces(self._replica.model)
+
     @contextmanager
     def using(self, use: Use) -> Iterator[None]:
         """Keep the replica while this thread trains or reads it; one thread at a time."""

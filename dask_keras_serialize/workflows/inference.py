@@ -60,9 +60,10 @@ def predict(model: Any, collection: Any, *, batch_size: int | None = None, meta:
 
     Notes
     -----
-    The graph holds the model itself: what is trained in this process before ``compute`` counts, if
-    tasks run in this process. The values are those of ``model.predict(chunk, batch_size=...)`` to
-    the bit, on the same kind of machine; floats are turned into Keras's floatx first, as it does.
+    The graph holds the model as it is now, closed: what is trained later does not count. Each
+    ``compute`` opens it once, and sends it to the other workers. The values are those of
+    ``model.predict(chunk, batch_size=...)`` to the bit, on the same kind of machine; floats are
+    turned into Keras's floatx first, as it does.
     JAX compiles for each size of a batch, so let the rows of chunks be multiples of ``batch_size``.
     Chunks are not written to, and results are their own; a bag's are views of their batch's.
 
@@ -96,6 +97,10 @@ def _task_of(model: Any) -> Delayed:
     keras = sys.modules.get("keras")
     if keras is not None and isinstance(model, keras.Model):
         outputs.check_built(model)
+        # or the key would stand for values that the model has no more when the graph is computed
+        from dask_keras_serialize.pickling import pack
+
+        model = pack(model)
     elif not _is_elsewhere(model):
         raise TypeError(
             f"predict takes a keras.Model, or a Future or Delayed of one, not a "

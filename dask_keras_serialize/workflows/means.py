@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import cloudpickle
 import numpy as np
 import numpy.typing as npt
 
@@ -87,8 +88,20 @@ def mean_of(
         after = []
 
 
-def logs_of(trained: tuple[Weights, Any]) -> Any:
-    """Return what there is to say of what was trained."""
+def closed(logs: Any) -> bytes:
+    """Pickle what ``train`` returned, in the task: workers wait forever for what cannot travel."""
+    try:
+        pickled: bytes = cloudpickle.dumps(logs)
+    except Exception as error:
+        raise TypeError(
+            f"what train returned, a {type(logs).__name__}, cannot travel: return numbers or "
+            f"arrays ({' '.join(str(error).split())})"
+        ) from error
+    return pickled
+
+
+def logs_of(trained: tuple[Weights, bytes]) -> bytes:
+    """Return what there is to say of what was trained, pickled."""
     return trained[1]
 
 

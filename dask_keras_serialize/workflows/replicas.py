@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 #: Bytes of variables that idle replicas may hold in a process, beside the one used last.
 SPARE_BYTES = 1 << 30
-
 #: Bytes that one takes beside its variables: what was traced or compiled of it, and Python's.
 BESIDE = 2 << 20
 #: How many idle replicas there may be, whatever their size.
@@ -78,19 +77,18 @@ class Snapshot:
         #: The model, closed.
         self.parcel = Parcel(encoded.header.to_bytes(), encoded.frames)
         replica.resolve(self.parcel)
-        self._digest, self._order, self._metrics, self._history = b"", [], None, None
+        self._digest, self._order, self._metrics, self._left = b"", [], None, {}
         if architecture is not None:
             self._digest, self._order = replica.digest, architecture.order
             self._metrics = architecture.metrics
-            self._history = copy.deepcopy(architecture.history)
+            self._left = copy.deepcopy(architecture.left)
 
-    parcel: Parcel
     #: Of the architecture; empty if it cannot be compared, and each use is a rebuild.
     _digest: bytes
     #: The place in the table of each of the architecture's variables.
     _order: list[int]
     _metrics: list[list[str]] | None
-    _history: dict[str, Any] | None
+    _left: dict[str, Any]
 
     @property
     def nbytes(self) -> int:
@@ -147,12 +145,12 @@ class Snapshot:
             yield replica.model
         finally:
             replica.changed()
-            with suppress(EncodeError):  # what a borrower has made of it: nobody else gets it
+            with suppress(EncodeError):  # if a borrower made it so, nobody else gets it
                 replica.describe(architecture_of(replica.model))
                 POOL.give(replica)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _snapshot, (self.parcel, self._digest, self._order, self._metrics, self._history)
+        return _snapshot, (self.parcel, self._digest, self._order, self._metrics, self._left)
 
     def __sizeof__(self) -> int:
         return self.nbytes
@@ -178,8 +176,12 @@ class Replica:
 
     def describe(self, architecture: Architecture | None) -> None:
         """Note the architecture that it has now."""
-        self.digest = architecture.digest if architecture else b""
+        from dask_keras_serialize.architecture import forget_traces
+
+        before, self.digest = self.digest, architecture.digest if architecture else b""
         self.digest = self._known_as.get(self.digest, self.digest)
+        if before not in (b"", self.digest):
+            forget_traces(self.model)
         self._variables = architecture.variables if architecture else ()
         self._metrics = architecture.metrics if architecture else None
 
@@ -238,7 +240,7 @@ class Replica:
 
     def fill(self, snapshot: Snapshot, weights: Sequence[Any] | None = None) -> None:
         """Assign a snapshot's values, or ``weights`` to those variables that are weights."""
-        from dask_keras_serialize.by_config import restore_history
+        from dask_keras_serialize.architecture import leave
         from dask_keras_serialize.protocol import values_of
         from dask_keras_serialize.rebuild import check_fits
 
@@ -251,8 +253,7 @@ class Replica:
             check_fits(variable, index, values.header)
             if id(variable) not in apart:
                 values.place(index, variable.assign)
-        vars(self.model).pop("history", None)
-        restore_history(self.model, copy.deepcopy(snapshot._history))
+        leave(self.model, snapshot._left)
         if weights is None:
             self._holds = ref(snapshot)
 
@@ -319,10 +320,9 @@ class _Pool:
 
         with self._lock:
             fitting = [each for each in self._idle if each.fits(snapshot, keep_metrics)]
-            if not fitting:
-                return None
-            best = min(fitting, key=cost)
-            self._idle.remove(best)
+            best = min(fitting, key=cost, default=None)
+            if best is not None:
+                self._idle.remove(best)
             return best
 
 
@@ -346,5 +346,5 @@ def _snapshot(parcel: Parcel | BrokenObject, *state: Any) -> Snapshot | BrokenOb
         return parcel
     snapshot = Snapshot.__new__(Snapshot)
     snapshot.parcel = parcel
-    snapshot._digest, snapshot._order, snapshot._metrics, snapshot._history = state
+    snapshot._digest, snapshot._order, snapshot._metrics, snapshot._left = state
     return snapshot
