@@ -4,8 +4,9 @@
 scikeras with Keras's own pickle (this package installed, but off), over scikeras with this package,
 and over its WarmClassifier; each in processes of its own. Then, in one process, what a search does
 with a candidate at each step, ``copy.deepcopy``, ``partial_fit`` and ``score``, beside the same
-training and prediction by a Keras model that is warm already. Scores are compared after the clock
-has stopped: all ways have to give the same.
+training and prediction by a Keras model that is warm already; how much of it is the copy; and what
+a step takes with a candidate that comes from another worker, pickled, in place of a copy. Scores
+are compared after the clock has stopped: all ways have to give the same.
 
 It needs the ``dask-ml`` extra. ``--calls`` measures the steps alone, on any backend, without
 dask-ml.
@@ -17,6 +18,7 @@ import argparse
 import copy
 import json
 import os
+import pickle
 import statistics
 import subprocess
 import sys
@@ -40,6 +42,8 @@ BARE = "the model alone"
 #: Units of the hidden layers in the steps that are measured one by one.
 WIDTHS = (32, 1024)
 BATCH = 207
+#: How often a candidate is moved.
+MOVES = 5
 
 
 def build(hidden: int, rate: float) -> Any:
@@ -179,12 +183,21 @@ def search(way: str, max_iter: int) -> dict[str, Any]:
 def steps(repetitions: int) -> list[dict[str, Any]]:
     """Time a search's step with one candidate, by all ways in turn; return their rows."""
     import dask_keras_serialize
+    from dask_keras_serialize.workflows.replicas import POOL
+
+    def turn_on(way: str) -> None:
+        if way == KERAS:
+            dask_keras_serialize.unregister()
+        else:
+            dask_keras_serialize.register()
 
     x, y = digits()
     batches = [(x[i : i + BATCH], y[i : i + BATCH]) for i in range(0, len(x), BATCH)]
     rows = []
     for width in WIDTHS:
         seconds: dict[str, list[float]] = {way: [] for way in (*WAYS, BARE)}
+        copies: dict[str, list[float]] = {way: [] for way in WAYS}
+        moved: dict[str, list[float]] = {way: [] for way in WAYS}
         scores: dict[str, list[float]] = {way: [] for way in seconds}
         candidates = {
             way: estimator(way, hidden=width).partial_fit(*batches[0], classes=range(10))
@@ -194,11 +207,7 @@ def steps(repetitions: int) -> list[dict[str, Any]]:
         for number in range(-1, repetitions):  # the first warms up
             batch = batches[number % len(batches)]
             for way in seconds:
-                (
-                    dask_keras_serialize.unregister
-                    if way == KERAS
-                    else dask_keras_serialize.register
-                )()
+                turn_on(way)
                 began = time.perf_counter()
                 if way == BARE:
                     bare.fit(*batch, batch_size=32, shuffle=False, verbose=0)
@@ -206,18 +215,36 @@ def steps(repetitions: int) -> list[dict[str, Any]]:
                     score = float(np.mean(predicted.argmax(axis=1) == batches[0][1]))
                 else:
                     candidate = copy.deepcopy(candidates[way])
+                    copied = time.perf_counter() - began
                     candidate.partial_fit(*batch, classes=range(10))
                     score = float(candidate.score(*batches[0]))
                     candidates[way] = candidate
                 if number >= 0:
                     seconds[way].append(time.perf_counter() - began)
                     scores[way].append(score)
+                if number >= 0 and way != BARE:
+                    copies[way].append(copied)
+        for way in WAYS * MOVES:
+            turn_on(way)
+            began = time.perf_counter()
+            sent = pickle.dumps(candidates[way], 5)
+            POOL.clear()  # there is no replica of it on the other worker
+            came = pickle.loads(sent)
+            came.partial_fit(*batches[0], classes=range(10)).score(*batches[0])
+            moved[way].append(time.perf_counter() - began)
         dask_keras_serialize.register()
         if any(scores[way] != scores[WARM] for way in WAYS):
             raise RuntimeError(f"the ways differ in what they learn: {scores}")
         common = {"what": "step", "width": width, **cases.environment()}
         rows += [
-            {"way": way, "seconds": times, "median": statistics.median(times), **common}
+            {
+                "way": way,
+                "seconds": times,
+                "median": statistics.median(times),
+                "copies": copies.get(way),
+                "moved": moved.get(way),
+                **common,
+            }
             for way, times in seconds.items()
         ]
     return rows
@@ -249,7 +276,13 @@ def table(rows: list[dict[str, Any]]) -> str:
             for other in steps
             if (other["width"], other["way"]) == (row["width"], BARE)
         ]
-        over = "" if row["way"] == BARE else f"  {1e3 * (row['median'] - bare):6.0f} ms over it"
+        over = ""
+        if row["way"] != BARE:
+            copied, moved = (statistics.median(row[what]) for what in ("copies", "moved"))
+            over = (
+                f"  {1e3 * (row['median'] - bare):6.0f} ms over it, {1e3 * copied:5.0f} of it the "
+                f"copy; from another worker {1e3 * (moved - bare):6.0f}"
+            )
         lines.append(
             f"step, {row['width']:4} units, {row['backend']:10} {row['way']:32} "
             f"{1e3 * row['median']:6.0f} ms{over}"
