@@ -439,6 +439,7 @@ def die_once(flag):
     return train
 
 
+@pytest.mark.programs
 @pytest.mark.cluster
 def test_a_worker_may_die_while_it_trains(mortals, tmp_path):
     mortals.wait_for_workers(2)

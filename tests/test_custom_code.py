@@ -110,6 +110,7 @@ def run(tmp_path, name, source, *arguments, fails=""):
     return result.stdout
 
 
+@pytest.mark.programs
 def test_code_of_main_travels_and_trains_on(tmp_path):
     sent = run(tmp_path, "sender", SENDER, tmp_path / "file")
     assert sent.strip()

@@ -58,6 +58,7 @@ print(tokenize(net), tokenize(net), tokenize(plain))
 """
 
 
+@pytest.mark.programs
 def test_tokens_are_the_same_in_every_process(tmp_path):
     script = tmp_path / "tokens.py"
     script.write_text(TOKENS)

@@ -87,6 +87,7 @@ print(type(loss).__name__)
 """
 
 
+@pytest.mark.programs
 def test_classes_that_the_other_process_has_made_none_of(tmp_path):
     (tmp_path / "hardmodels.py").write_text(MODULE)
     run(tmp_path, "send", SEND, tmp_path / "file")
