@@ -195,6 +195,8 @@ def test_upstream_still_needs_adaptive_search(client):
 def test_two_threads_of_a_worker(monkeypatch):
     """A candidate is scored while it is copied and trained on, as dask-ml speculates."""
     monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "1")
+    # scikeras's random_state takes it out of the environment, where it was not: KeyError in threads
+    monkeypatch.setenv("TF_DETERMINISTIC_OPS", "1")
     search_for, calls = ADAPTIVE["Incremental"]
     expected = None
     with local_client(threads=2) as client, adaptive_search():
