@@ -81,7 +81,7 @@ def test_in_a_fresh_interpreter(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path / "sent")]
     result = subprocess.run(
         command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=280,
-        # not what nannies left here (distributed/nanny.py): PyTorch sums otherwise with other threads
+        # not what distributed/nanny.py left: PyTorch's sums differ with its threads
         env={k: v for k, v in os.environ.items() if "_NUM_THREADS" not in k} | {"PYTHONPATH": "."},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
