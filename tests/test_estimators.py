@@ -323,9 +323,11 @@ class Drops(keras.callbacks.Callback):
         self.model.layers[1].rate = 0.9
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() == "torch",
+    reason="PyTorch traces nothing, and draws from numbers of its own",
+)
 def test_what_a_callback_changes_is_traced_anew():
-    if keras.backend.backend() == "torch":
-        pytest.skip("PyTorch traces nothing, and draws from numbers of its own")
     losses = []
     for cls in (WarmClassifier, KerasClassifier):
         estimator = classifier(cls, callbacks=Drops, model__dropout=0.01).partial_fit(X, Y)

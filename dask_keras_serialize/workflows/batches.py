@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from dask_keras_serialize.broken import BrokenObject
+from dask_keras_serialize.errors import one_line
 from dask_keras_serialize.packed import Parcel
 from dask_keras_serialize.workflows.outputs import (
     Rows,
@@ -329,7 +330,7 @@ def _stacked(model: Any, samples: list[Any]) -> Any:
         return np.stack(samples)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{_name(model)}: samples of a bag are not all alike: {' '.join(str(error).split())}"
+            f"{_name(model)}: samples of a bag are not all alike: {one_line(error)}"
         ) from error
 
 

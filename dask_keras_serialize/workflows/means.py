@@ -14,6 +14,7 @@ import cloudpickle
 import numpy as np
 import numpy.typing as npt
 
+from dask_keras_serialize.errors import one_line
 from dask_keras_serialize.header import numpy_dtype
 
 if TYPE_CHECKING:
@@ -92,10 +93,10 @@ def closed(logs: Any) -> bytes:
     """Pickle what ``train`` returned, in the task: workers wait forever for what cannot travel."""
     try:
         pickled: bytes = cloudpickle.dumps(logs)
-    except Exception as error:
+    except Exception as error:  # pickling runs anybody's code
         raise TypeError(
             f"what train returned, a {type(logs).__name__}, cannot travel: return numbers or "
-            f"arrays ({' '.join(str(error).split())})"
+            f"arrays ({one_line(error)})"
         ) from error
     return pickled
 
