@@ -100,7 +100,7 @@ def _value_lost(layer: keras.Layer) -> str | None:
         if sort == "plain":
             continue
         if sort == "function":
-            if name not in _WRAPPED and not keras_finds(value):
+            if name not in private.WRAPPED and not keras_finds(value):
                 return str(name)
             continue
         if lost := argument_lost(value):
@@ -129,10 +129,6 @@ def _structure_lost(layer: keras.Layer) -> str | None:
             if isinstance(value, (list, dict)):
                 waiting += value.values() if isinstance(value, dict) else value
     return None
-
-
-#: Methods that Layer.__new__ wraps for each instance (keras/src/layers/layer.py).
-_WRAPPED = ("build", "quantize")
 
 
 def model_loss(model: keras.Model) -> str | None:

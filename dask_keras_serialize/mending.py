@@ -19,6 +19,7 @@ import numpy as np
 from dask_keras_serialize.errors import DecodeError, EncodeError
 from dask_keras_serialize.private import (
     LOOKUPS,
+    WRAPPED,
     Function,
     KerasHistory,
     KerasSaveable,
@@ -43,8 +44,7 @@ class _Mender:
 
 
 def _drop_wrappers(layer: Any, state: State) -> None:
-    # Layer.__new__ wraps these two, and will again (keras/src/layers/layer.py)
-    for name in ("build", "quantize"):
+    for name in WRAPPED:  # made again for the replica
         if getattr(state.get(name), "__wrapped__", None) is not None:
             del state[name]
     # tensors and ids of the last call; graph tensors among them
@@ -335,8 +335,10 @@ def mend(filled: Sequence[tuple[Any, State]]) -> None:
     filled : sequence of (object, dict)
         With the state each was filled from.
     """
+    classes = {type(obj) for obj, _ in filled}
     for mender in MENDERS:
-        ours = [(obj, state) for obj, state in filled if isinstance(obj, mender.cls)]
+        its = {cls for cls in classes if issubclass(cls, mender.cls)}
+        ours = [each for each in filled if type(each[0]) in its] if its else []
         if mender.cls is Node:  # calls of one operation in the order they were made
             ours.sort(key=lambda each: int(vars(each[0]).pop("place")))
         for obj, state in ours:

@@ -96,6 +96,7 @@ KERAS = {
     "Layer._trainable_variables": ("keras/src/layers/layer.py", _NOT_BY_CONFIG),
     "Layer._non_trainable_variables": ("keras/src/layers/layer.py", _NOT_BY_CONFIG),
     "Layer._seed_generators": ("keras/src/layers/layer.py", _NOT_BY_CONFIG),
+    "Layer.__new__": ("keras/src/layers/layer.py", "layers by value are made by it (slower)"),
     "Layer._losses": ("keras/src/layers/layer.py", "nothing: it is a cache"),
     "inject_functional_model_class": (
         "keras/src/models/model.py",
@@ -115,10 +116,7 @@ KERAS = {
     "Trainer._compile_loss": ("keras/src/trainers/trainer.py", _NOT_BY_CONFIG),
     "CompileMetrics._flat_metrics": ("keras/src/trainers/compile_utils.py", _NOT_BY_CONFIG),
     "CompileMetrics._flat_weighted_metrics": ("as _flat_metrics", _NOT_BY_CONFIG),
-    "Optimizer._trainable_variables": (
-        "keras/src/optimizers/base_optimizer.py",
-        _NOT_BY_CONFIG,
-    ),
+    "Optimizer._trainable_variables": ("keras/src/optimizers/base_optimizer.py", _NOT_BY_CONFIG),
     "Optimizer._learning_rate": ("keras/src/optimizers/base_optimizer.py", "it is not compared"),
     "Optimizer._var_key": (
         "keras/src/optimizers/base_optimizer.py",
@@ -167,6 +165,11 @@ KERAS = {
 }
 
 State = dict[str, Any]
+
+#: Methods that ``Layer.__new__`` wraps for each instance, and what else it leaves there.
+WRAPPED = frozenset({"build", "quantize"})
+MADE = WRAPPED | {"_tracker", "_lock", "_auto_config", "_self_setattr_tracking", "_layers"}
+MADE |= {"_trainable_variables", "_non_trainable_variables", "_metrics", "_seed_generators"}
 
 #: Layers that hold a table of TensorFlow's, which nothing can pickle.
 LOOKUPS = (keras.layers.StringLookup, keras.layers.IntegerLookup)
@@ -261,11 +264,7 @@ def compile_arguments(model: keras.Model) -> dict[str, Any]:
 
 
 def assigns_in_build(optimizer: keras.optimizers.Optimizer) -> bool:
-    """Say whether building an optimizer changes slots that it has created.
-
-    ScheduleFreeAdamW starts a slot from its variable
-    (``keras/src/optimizers/schedule_free_adamw.py``).
-    """
+    """Say whether building an optimizer changes slots that it made, as ScheduleFreeAdamW's does."""
     inner = getattr(optimizer, "inner_optimizer", optimizer)
     builds = (vars(cls).get("build") for cls in type(inner).__mro__)
     return any("assign" in build.__code__.co_names for build in builds if build is not None)

@@ -8,15 +8,17 @@ business (``states``).
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 import sys
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import cloudpickle
+import keras
 
 from dask_keras_serialize import private
 from dask_keras_serialize.backends import KERAS_AND_BELOW, PACKAGES, Backend
@@ -194,13 +196,64 @@ def closed_file() -> io.StringIO:
 
 def new_shell(cls: type) -> Any:
     """Make an empty instance."""
-    # Keras's own __new__, which wraps build(), takes no arguments; a user's might
-    new = next(
-        vars(base)["__new__"]
-        for base in cls.__mro__
-        if "__new__" in vars(base) and not _foreign(base)
-    )
-    return new(cls)
+    new = _NEW.get(cls)
+    if new is None:
+        # Keras's own __new__, which wraps build(), takes no arguments; a user's might
+        new = _NEW[cls] = next(
+            vars(base)["__new__"]
+            for base in cls.__mro__
+            if "__new__" in vars(base) and not _foreign(base)
+        )
+    wrappers = _wrappers() if new is _LAYERS_NEW else None
+    return new(cls) if wrappers is None else _new_layer(cls, wrappers)
+
+
+#: By class; weak, as classes may be made by the thousand.
+_NEW: WeakKeyDictionary[type, Any] = WeakKeyDictionary()
+_LAYERS_NEW = vars(keras.Layer).get("__new__")
+
+
+class _Wrapper(NamedTuple):
+    """What ``Layer.__new__`` makes of a method: a function, and which of its cells is the layer."""
+
+    name: str
+    function: types.FunctionType
+    of_layer: list[bool]
+
+
+def _new_layer(cls: type, wrappers: list[_Wrapper]) -> Any:
+    """Make an empty layer as ``Layer.__new__`` does, but for what its state brings anyhow.
+
+    That is a tracker and the arguments of its constructor, for which Keras takes the constructor's
+    signature apart: nine tenths of the time (``keras/src/ops/operation.py``).
+    """
+    layer: Any = object.__new__(cls)
+    for name, function, of_layer in wrappers:
+        original = getattr(layer, name)
+        cells = tuple(types.CellType(layer if own else original) for own in of_layer)
+        wrapper = types.FunctionType(
+            function.__code__, function.__globals__, name, function.__defaults__, cells
+        )
+        wrapper.__kwdefaults__ = function.__kwdefaults__
+        layer.__dict__[name] = functools.wraps(original)(wrapper)
+    return layer
+
+
+@functools.cache
+def _wrappers() -> list[_Wrapper] | None:
+    """Take Keras's wrappers from a layer; None if they are not what they are known to be."""
+    make: Any = _LAYERS_NEW
+    layer = make(keras.Layer)
+    wrappers = []
+    for name, value in vars(layer).items():
+        if isinstance(value, types.FunctionType):
+            held = [cell.cell_contents for cell in value.__closure__ or ()]
+            original: Any = types.MethodType(vars(keras.Layer)[name], layer)
+            if any(each is not layer and each != original for each in held):
+                return None
+            wrappers.append(_Wrapper(name, value, [each is layer for each in held]))
+    found = {wrapper.name for wrapper in wrappers}
+    return wrappers if found == private.WRAPPED and vars(layer).keys() <= private.MADE else None
 
 
 def reduces_itself(cls: Any) -> bool:

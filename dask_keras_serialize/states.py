@@ -13,6 +13,7 @@ import types
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import keras
 
@@ -112,14 +113,30 @@ def fill(shell: Any, state: State | Custom) -> None:
         return
     if ITEMS in state:
         _put(shell, state.pop(ITEMS))
-    for name, content in state.items():
-        slot = getattr(type(shell), name, None)
-        if isinstance(slot, types.MemberDescriptorType):
-            slot.__set__(shell, content)
-        else:  # past __setattr__, where Keras would track what its lists already hold
-            shell.__dict__[name] = content
+    slots = _slots_of(type(shell)) & state.keys()
+    if slots:
+        state = dict(state)
+        for name in slots:
+            getattr(type(shell), name).__set__(shell, state.pop(name))
+    if state:  # past __setattr__, where Keras would track what its lists already hold
+        vars(shell).update(state)
     if isinstance(shell, keras.Variable):
         shell.__dict__.setdefault("_value")  # None; torch may have put one there
+
+
+def _slots_of(cls: type) -> frozenset[str]:
+    """Return the names of a class's slots."""
+    slots = _SLOTS.get(cls)
+    if slots is None:
+        names = {name for base in cls.__mro__ for name in vars(base)}
+        member = types.MemberDescriptorType
+        slots = frozenset(name for name in names if isinstance(getattr(cls, name, None), member))
+        _SLOTS[cls] = slots
+    return slots
+
+
+#: Weak: classes may be made by the thousand.
+_SLOTS: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()
 
 
 def _put(container: Any, items: list[Any]) -> None:

@@ -20,7 +20,7 @@ from keras.src.backend.common import global_state
 from keras.src.models import model as model_module
 from keras.src.random import seed_generator
 
-from dask_keras_serialize import by_value, private, registration
+from dask_keras_serialize import by_value, private, registration, shells
 from dask_keras_serialize.errors import EncodeError
 from dask_keras_serialize.protocol import encode
 from tests import zoo
@@ -41,6 +41,7 @@ FOUND = {
     "Layer._trainable_variables": lambda m: m.layers[0]._trainable_variables,
     "Layer._non_trainable_variables": lambda m: m.layers[0]._non_trainable_variables,
     "Layer._seed_generators": lambda m: m.layers[0]._seed_generators,
+    "Layer.__new__": lambda m: shells._wrappers(),
     "Layer._losses": lambda m: (m._losses, m._losses_override, m._loss_ids),
     "Sequential._functional": lambda m: m._functional,
     "Function._outputs_struct": lambda m: zoo.functional()._outputs_struct,
