@@ -114,7 +114,7 @@ def load(body: dict[str, Any], values: Values, extras: list[Array]) -> Rebuilt:
             config = json.loads(body["config"])
             with _defaults(config["policy"], config["floatx"]), values_at_creation(values) as given:
                 model = keras.saving.deserialize_keras_object(config["model"], safe_mode=True)
-                _remember(model, config["seeds"], config["paths"])
+                remember(model, config["seeds"], config["paths"])
                 _freeze(model, config["frozen"], values)
                 if config["trainer"] is not None:
                     trainer = config["trainer"]
@@ -126,8 +126,7 @@ def load(body: dict[str, Any], values: Values, extras: list[Array]) -> Rebuilt:
                             given.pop(id(variable), None)
             _write_assets(model, config["assets"], extras)
             assign_rest(variables_of(model), given, values)
-            _finalize(model)
-            restore_history(model, config["history"])
+            finish(model, config["history"])
         except DecodeError:
             raise
         except Exception as error:  # from_config is anybody's code
@@ -197,7 +196,7 @@ def _defaults(policy: dict[str, Any], floatx: str) -> Iterator[None]:
             keras.config.set_floatx(before_x)
 
 
-def _remember(model: keras.Model, seeds: list[tuple[int, str, int]], paths: list[Any]) -> None:
+def remember(model: keras.Model, seeds: list[tuple[int, str, int]], paths: list[Any]) -> None:
     """Give layers what they drew, and were named, when they were made."""
     layers = [model, *private.flatten_layers(model)]
     for i, name, seed in seeds:
@@ -250,11 +249,12 @@ def _write_assets(model: keras.Model, names: list[tuple[int, str]], extras: list
             layers[i].load_assets(folder)
 
 
-def _finalize(model: keras.Model) -> None:
-    """Let layers derive what they cache from their variables."""
+def finish(model: keras.Model, history: dict[str, Any] | None) -> None:
+    """Let layers derive what they cache from their variables; restore the history of ``fit``."""
     for layer in private.flatten_layers(model):
         if isinstance(layer, keras.layers.Normalization) and layer.built:
             layer.finalize_state()
+    restore_history(model, history)
 
 
 def restore_history(model: keras.Model, state: dict[str, Any] | None) -> None:

@@ -26,6 +26,7 @@ from dask_keras_serialize import (
     private,
     states,
     strings,
+    templates,
 )
 from dask_keras_serialize.cuda import DeviceFrame
 from dask_keras_serialize.errors import DecodeError, EncodeError, KerasSerializeError
@@ -244,7 +245,7 @@ def decode_parts(
     ]
     meters.count(meters.REBUILD, sum(header.frame_sizes), "bytes")
     if header.encoding == "config":
-        rebuilt = by_config.load(header.body, values, extras)
+        rebuilt = templates.load(header.body, values, extras)
     else:
         rebuilt = by_value.load(header.body, values, extras, links)
     meters.count(meters.PLACE, values.placed_seconds, "seconds")

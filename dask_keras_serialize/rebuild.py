@@ -53,7 +53,7 @@ class Values:
         self.header = header
         #: What :meth:`place` has put into variables, and how long that took.
         self.placed_bytes, self.placed_seconds = 0, 0.0
-        self._frames = frames
+        self.frames = frames
         self.backend = backends.current()[1]
         try:
             placements = header.body.get("placements", ())
@@ -67,7 +67,7 @@ class Values:
         """Return variable ``index`` as a view of the frames, read-only as they are."""
         entry = self.header.variables[index]
         owner = f"{self.header.owner}: variable {entry.path!r}"
-        raw = unpack(self._frames, entry.location, owner)
+        raw = unpack(self.frames, entry.location, owner)
         if entry.dtype == STRING:
             return strings.from_bytes(raw, entry.shape, owner)
         return raw.view(numpy_dtype(entry.dtype)).reshape(entry.shape)
@@ -80,7 +80,7 @@ class Values:
                 f"{self.header.owner}: variable {entry.path!r} holds strings, which only the "
                 "backend 'tensorflow' has: set KERAS_BACKEND to it here"
             )
-        frame = self._frames[entry.location.frame]
+        frame = self.frames[entry.location.frame]
         tensor = None
         if isinstance(frame, DeviceFrame) and entry.dtype != STRING:
             tensor = self.backend.device_tensor(frame, numpy_dtype(entry.dtype), entry.shape)

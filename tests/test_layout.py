@@ -25,6 +25,7 @@ FLOORS = [
     {"architecture"},
     {"packed", "copying"},
     {"protocol", "broken", "views", "mapped"},
+    {"templates"},
     {"by_config", "by_value"},
     {"fidelity", "rebuild", "translation", "compiled"},
     {"states"},

@@ -1,0 +1,250 @@
+"""Models that arrive by config again and again: cloned, where Keras would build each anew.
+
+A rebuild by config runs every layer's constructor and calls it once. When the same config arrives
+a second time in a process, the model that Keras rebuilds of it is described by value as well, and
+that description, without a variable's value, is kept: the *template*. From the third time on it is
+filled with the values that arrived, in half the time. All of it is this package's own, made in
+this process of a model that Keras built here: no code that was sent is run, and neither versions
+nor backends can differ.
+
+A template is used only for what is known to come out the same. What it does not know it refuses,
+for good: models with assets, those whose config rebuilds to variables outside the table, whatever
+cannot travel by value. Its first clone must have the config, the table and the parts of the model
+that it was made of. Whatever is refused, and whatever fails, is rebuilt by config.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import keras
+
+from dask_keras_serialize import by_config, by_value
+from dask_keras_serialize.aside import aside
+from dask_keras_serialize.backends import Array
+from dask_keras_serialize.errors import KerasSerializeError
+from dask_keras_serialize.header import Header
+from dask_keras_serialize.parts import Rebuilt
+from dask_keras_serialize.rebuild import Values, rebuilding
+
+logger = logging.getLogger(__name__)
+
+#: How many architectures a process remembers, and bytes of all their templates.
+REMEMBERED, TEMPLATE_BYTES = 32, 64 << 20
+
+#: How models by config were rebuilt in this process: "config", or "cloned".
+counts: Counter[str] = Counter()
+
+
+class Template(NamedTuple):
+    """A model without its values.
+
+    Attributes
+    ----------
+    body : dict
+        As ``by_value`` describes it.
+    extras : list of ndarray of uint8
+        Its own memory.
+    order : list of int
+        The row of the table of each variable, in the order by value.
+    likeness : tuple
+        What a clone must have alike, see :func:`_likeness`.
+    """
+
+    body: dict[str, Any]
+    extras: list[Array]
+    order: list[int]
+    likeness: tuple[Any, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it holds."""
+        return sum(extra.nbytes for extra in self.extras)
+
+
+class Known:
+    """What a process remembers of one config.
+
+    Attributes
+    ----------
+    arrivals : int
+    template : Template or None
+    proved : bool
+        Whether a clone has been compared.
+    refused : str
+        Why there is no template; empty if nothing is against it.
+    """
+
+    def __init__(self) -> None:
+        self.arrivals = 0
+        self.template: Template | None = None
+        self.proved = False
+        self.refused = ""
+
+    def refuse(self, owner: str, reason: object) -> None:
+        """Rebuild by config from now on."""
+        self.template, self.refused = None, str(reason)
+        logger.debug("%s is not cloned: %s", owner, reason)
+
+
+#: By what :func:`_key` says, the one used last at the end. Read and written under the lock.
+_known: OrderedDict[bytes, Known] = OrderedDict()
+
+
+def load(body: dict[str, Any], values: Values, extras: list[Array]) -> Rebuilt:
+    """Rebuild a model as :func:`by_config.load` does; clone it if its config is known here.
+
+    Parameters
+    ----------
+    body : dict
+    values : Values
+    extras : list of ndarray of uint8
+
+    Returns
+    -------
+    Rebuilt
+
+    Raises
+    ------
+    DecodeError
+        If the config cannot be rebuilt here, or rebuilds to something else.
+
+    Notes
+    -----
+    Copies: as :func:`by_config.load`. A template holds no variable's bytes.
+    """
+    key = None if extras else _key(body, values)
+    if key is None:
+        return by_config.load(body, values, extras)
+    with rebuilding():
+        known = _remember(key)
+        known.arrivals += 1
+        if known.template is not None:
+            try:
+                return _clone(known, body, values)
+            except Exception as error:  # whatever it is, the config has none of it
+                known.refuse(values.header.owner, repr(error))
+        rebuilt = by_config.load(body, values, extras)
+        counts["config"] += 1
+        if known.arrivals > 1 and not known.refused:
+            try:
+                known.template = _template_of(rebuilt.root)
+            except (KerasSerializeError, LookupError) as error:
+                known.refuse(values.header.owner, error)
+        _forget()
+        return rebuilt
+
+
+def forget() -> None:
+    """Forget all templates."""
+    _known.clear()
+
+
+def _key(body: dict[str, Any], values: Values) -> bytes | None:
+    """Return what makes two models one architecture, as they arrive; None if not to be cloned."""
+    header = values.header
+    if header.backend != keras.backend.backend() or keras.distribution.distribution() is not None:
+        return None
+    try:
+        config, _ = _without_values(body["config"])
+        rows = [(v.shape, v.dtype, v.trainable) for v in header.variables]
+        scope = sorted(keras.saving.get_custom_objects())  # a config is read in their light
+        whole = [config, rows, scope, keras.config.floatx(), header.class_name]
+        text = json.dumps(whole, sort_keys=True)
+    except (KeyError, TypeError, ValueError):
+        return None  # malformed: by_config says how
+    return hashlib.blake2b(text.encode(), digest_size=20).digest()
+
+
+def _without_values(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a config without what differs between models of one architecture, and whole."""
+    whole = json.loads(text)
+    seeded = [(i, name) for i, name, _ in whole["seeds"]]
+    return whole | {"history": None, "seeds": seeded}, whole
+
+
+def _remember(key: bytes) -> Known:
+    known = _known.setdefault(key, Known())
+    _known.move_to_end(key)
+    return known
+
+
+def _forget() -> None:
+    """Forget what was used longest ago, beyond what a process may hold."""
+
+    def held() -> int:
+        return sum(known.template.nbytes for known in _known.values() if known.template)
+
+    while len(_known) > REMEMBERED or (held() > TEMPLATE_BYTES and len(_known) > 1):
+        _known.popitem(last=False)
+
+
+def _template_of(model: keras.Model) -> Template:
+    """Describe a model that was just rebuilt by its config.
+
+    Raises
+    ------
+    EncodeError
+        If it cannot travel by value.
+    LookupError
+        If there is more to it than a template can carry.
+    """
+    described = by_value.dump(model, without={keras.Model: {"history"}})
+    if described.body["code"] or described.body["bound"]:
+        raise LookupError("it holds code of its own")
+    rows = {id(v): row for row, v in enumerate(by_config.variables_of(model))}
+    if sorted(rows) != sorted(map(id, described.variables)):
+        raise LookupError("it holds variables that are not in its table")
+    order = [rows[id(variable)] for variable in described.variables]
+    extras = [extra.copy() for extra in described.extras]
+    return Template(described.body, extras, order, _likeness(model))
+
+
+def _clone(known: Known, body: dict[str, Any], values: Values) -> Rebuilt:
+    template = known.template
+    assert template is not None
+    inner = Values(_reordered(values.header, template.order), values.frames)
+    extras = [extra.copy() for extra in template.extras[1:]]
+    rebuilt = by_value.load(template.body, inner, [template.extras[0], *extras])
+    model = rebuilt.root
+    _, config = _without_values(body["config"])
+    by_config.remember(model, config["seeds"], config["paths"])
+    for variable, entry in zip(by_config.variables_of(model), values.header.variables, strict=True):
+        variable._path = entry.path
+    by_config.finish(model, config["history"])
+    if not known.proved:
+        if _likeness(model) != template.likeness:
+            raise LookupError("its clone is not like it")
+        known.proved = True
+    values.placed_bytes += inner.placed_bytes
+    values.placed_seconds += inner.placed_seconds
+    counts["cloned"] += 1
+    return Rebuilt(model, functools.partial(by_config.parts_of, model))
+
+
+def _reordered(header: Header, order: Sequence[int]) -> Header:
+    """Return the header of the same frames as if it had been sent by value."""
+    place = {row: i for i, row in enumerate(order)}
+    placements = [(place[int(row)], how) for row, how in header.body.get("placements", ())]
+    variables = tuple(header.variables[row] for row in order)
+    return replace(header, body={"placements": placements}, variables=variables)
+
+
+def _likeness(model: keras.Model) -> tuple[Any, ...]:
+    """Return what a clone of a model has to have alike: config, table, names of its parts."""
+    with aside():
+        described = by_config.dump(model)
+    if isinstance(described, str):
+        raise LookupError(described)
+    config, _ = _without_values(described.body["config"])
+    rows = [(tuple(v.shape), v.dtype, v.trainable) for v in described.variables]
+    kinds = {key: type(part).__qualname__ for key, part in described.parts().items()}
+    kinds.pop(("history",), None)
+    return config, rows, kinds
