@@ -87,7 +87,7 @@ def _foreign(config: Any) -> str | None:
     waiting = [config]
     while waiting:
         node = waiting.pop()
-        if isinstance(node, Mapping):
+        if isinstance(node, dict):
             name = node.get("class_name")
             if name is not None and "config" in node:
                 if name == "__lambda__":
@@ -105,7 +105,7 @@ def _foreign(config: Any) -> str | None:
 
 
 def _of_keras(module: object) -> bool:
-    return isinstance(module, str) and module.partition(".")[0] == "keras"
+    return isinstance(module, str) and f"{module}.".startswith("keras.")
 
 
 def _shared(model: keras.Model) -> str | None:
@@ -117,12 +117,13 @@ def _shared(model: keras.Model) -> str | None:
     parents = [model]
     while parents:
         parent = parents.pop()
-        for value in vars(parent).values():
+        layers = list(parent._flatten_layers(include_self=False, recursive=False))
+        for value in vars(parent).values() if layers else ():
             if isinstance(value, (list, tuple)):
                 held = [id(each) for each in value if isinstance(each, keras.Layer)]
                 if len(set(held)) < len(held):
                     return f"{parent.name!r} holds a layer twice"
-        for layer in parent._flatten_layers(include_self=False, recursive=False):
+        for layer in layers:
             if id(layer) in seen:
                 return f"layer {layer.name!r} is shared across levels of nesting"
             seen.add(id(layer))

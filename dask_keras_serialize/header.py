@@ -265,6 +265,7 @@ class Header:
         return cls.from_wire(wire)
 
 
+@functools.cache
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """Return NumPy's dtype of one of Keras's, not for strings."""
     try:

@@ -62,8 +62,8 @@ _PLAIN_ATTRIBUTES = (
 def _variable_lost(layer: keras.Layer) -> str | None:
     """Name what was set on a layer's variables, or adapted by hand, that no config holds."""
     for variable in private.own(layer):
-        extra = {name for name in vars(variable) if not name.startswith("_self_")}
-        if variable.overwrite_with_gradient or extra - _variable_attributes():
+        extra = vars(variable).keys() - _variable_attributes()
+        if variable.overwrite_with_gradient or any(not n.startswith("_self_") for n in extra):
             return f"{variable.name} itself"
     if isinstance(layer, keras.layers.Normalization) and layer.built and layer.input_mean is None:
         for adapted, used in (("adapt_mean", "mean"), ("adapt_variance", "variance")):
@@ -158,12 +158,15 @@ def _twin(cls: Any) -> Any:
 
 def _extra(layer: keras.Layer) -> str | None:
     """Find attributes that no method of the layer's class sets."""
-    extra = vars(layer).keys() - _stored_names(layer.__class__) - _SET_FROM_OUTSIDE
+    extra = _set_from_outside(layer.__class__, tuple(vars(layer)))
+    return f"attribute {extra!r} was set on {layer.name!r} from outside" if extra else None
+
+
+@functools.lru_cache(1024)
+def _set_from_outside(cls: type, names: tuple[str, ...]) -> str | None:
     # torch's modules set some by their names
-    extra -= vars(_twin(keras.Layer)).keys()
-    if extra:
-        return f"attribute {min(extra)!r} was set on {layer.name!r} from outside"
-    return None
+    known = _stored_names(cls) | _SET_FROM_OUTSIDE | vars(_twin(keras.Layer)).keys()
+    return min(set(names) - known, default=None)
 
 
 @functools.cache

@@ -88,6 +88,8 @@ KERAS = {
         "keras/src/backend/common/variables.py",
         "as above; decoding by value fails",
     ),
+    "Variable._shape": ("keras/src/backend/common/variables.py", "its shape is asked (slower)"),
+    "Functional.get_config": ("keras/src/models/functional.py", "configs are copied (slower)"),
     "Variable._path": (
         "keras/src/backend/common/variables.py",
         "replicas' variables keep the paths of the rebuild",

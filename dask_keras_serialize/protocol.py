@@ -42,7 +42,7 @@ from dask_keras_serialize.header import (
     python_version,
 )
 from dask_keras_serialize.parts import Description, Key, Rebuilt
-from dask_keras_serialize.rebuild import Values
+from dask_keras_serialize.rebuild import Values, uncollected
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,7 @@ def encode(
 
 
 @meters.meter(meters.PACK)
+@uncollected()
 def encode_parts(
     obj: Any,
     links: Mapping[int, tuple[Any, Key | None]] = MappingProxyType({}),
@@ -145,7 +146,7 @@ def encode_parts(
     ]
     locations, packed = frames.pack([*arrays, *extras])
     entries = tuple(
-        VariableEntry(v.path, tuple(map(int, v.shape)), v.dtype, bool(v.trainable), location)
+        VariableEntry(v.path, states.shape_of(v), v.dtype, bool(v.trainable), location)
         for v, location in zip(variables, locations[: len(variables)], strict=True)
     )
     placed = [(i, backend.placement(variable)) for i, variable in enumerate(variables)]

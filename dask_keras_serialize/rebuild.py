@@ -108,14 +108,20 @@ class Values:
 @contextmanager
 def rebuilding() -> Iterator[None]:
     """Hold the lock, ``aside.LOCK``, and the garbage collector; draw random numbers apart."""
-    with own_random():
-        collects = gc.isenabled()
-        gc.disable()
-        try:
-            yield
-        finally:
-            if collects:
-                gc.enable()
+    with own_random(), uncollected():
+        yield
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Let Python's garbage collector wait."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @contextmanager

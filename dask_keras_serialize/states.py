@@ -221,19 +221,26 @@ def stays_on_device(variable: keras.Variable, backend: Backend) -> bool:
     return nbytes(variable) >= LARGE and has_value(variable) and backend.on_gpu(variable)
 
 
+def shape_of(variable: keras.Variable) -> tuple[int, ...]:
+    """Return a variable's shape, of which TensorFlow would make a TensorShape first."""
+    shape = vars(variable).get("_shape")
+    return tuple(map(int, variable.shape if shape is None else shape))
+
+
 def nbytes(variable: keras.Variable) -> int:
     """Count the bytes of a variable, without reading it."""
-    return math.prod(map(int, variable.shape)) * ITEMSIZE.get(variable.dtype, 1)
+    return math.prod(shape_of(variable)) * ITEMSIZE.get(variable.dtype, 1)
 
 
 def _whole(variable: keras.Variable, array: Array | None, backend: Backend, owner: str) -> Array:
     """Return a variable's view as it travels; look again for as long as it is not whole."""
-    shape = tuple(variable.shape)
+    shape = shape_of(variable)
     for _ in range(_TRIES):
         if array is not None and array.shape == shape:
             # JAX keeps 64 bits in 32, torch unsigned numbers in wider ones that have a sign
-            unlike = variable.dtype != STRING and array.dtype.name != variable.dtype
-            return array.astype(numpy_dtype(variable.dtype)) if unlike else array
+            name = variable.dtype
+            unlike = name != STRING and array.dtype != numpy_dtype(name)
+            return array.astype(numpy_dtype(name)) if unlike else array
         # TensorFlow takes a tensor apart for as long as it updates it in place; JAX's trainer
         # takes the values out of their variables for an epoch
         time.sleep(0.001)

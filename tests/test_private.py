@@ -1,5 +1,6 @@
 """Fails, naming the entry, when something private that we touch has moved upstream."""
 
+import copy
 import inspect
 import threading
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from distributed.protocol.serialize import dask_loads, families
 from distributed.scheduler import Scheduler
 from joblib import numpy_pickle
 from keras.src.backend.common import global_state
+from keras.src.models import functional as functional_module
 from keras.src.models import model as model_module
 from keras.src.random import seed_generator
 
@@ -36,6 +38,14 @@ def model():
 FOUND = {
     "Variable._initialize_with_initializer": lambda m: keras.Variable._initialize_with_initializer,
     "Variable._initialize": lambda m: keras.Variable._initialize,
+    "Variable._shape": lambda m: vars(m.variables[0])["_shape"],
+    "Functional.get_config": lambda m: (
+        (
+            functional_module.copy is copy
+            and "return copy.deepcopy(config)" in inspect.getsource(functional_module.Functional)
+        )
+        or None
+    ),
     "Variable._path": lambda m: m.variables[0]._path,
     "Layer._flatten_layers": lambda m: m._flatten_layers,
     "Layer._trainable_variables": lambda m: m.layers[0]._trainable_variables,
