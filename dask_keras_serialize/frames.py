@@ -15,7 +15,9 @@ GPU's memory, in the place of large arrays (:mod:`dask_keras_serialize.cuda`).
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,11 +110,12 @@ def pack(
     the others if they are C-contiguous.
     """
     locations = layout([array.nbytes for array in arrays])
-    # Never of no bytes, which comms have trouble with, and there even if nothing is small:
-    # the first frame may be received into one buffer with the header, at any address.
+    # Never of no bytes, which comms have trouble with, and there even if nothing is small: the
+    # first frame may be received into one buffer with the header, and so at any address. An arena
+    # of bytes counts as header.
     size = sum(_aligned(each.nbytes) for each in locations if each.frame == 0)
     arena = np.zeros(max(size, ALIGNMENT), np.uint8)
-    frames: list[AnyFrame] = [arena.data.toreadonly()]
+    frames: list[AnyFrame] = []
     for array, (frame, offset, nbytes) in zip(arrays, locations, strict=True):
         if isinstance(array, DeviceFrame):
             frames.append(array)
@@ -120,7 +123,8 @@ def pack(
             arena[offset : offset + nbytes] = as_frame(array)
         else:
             frames.append(as_frame(array))
-    return locations, frames
+    first = memoryview(arena.tobytes()) if frames and _goes_first(frames[0]) else arena.data
+    return locations, [first.toreadonly(), *frames]
 
 
 def unpack(frames: Sequence[AnyFrame], location: Location, owner: str) -> Bytes:
@@ -255,13 +259,58 @@ def host_array(n: int) -> memoryview:
 
     Stands in for the function of the same name and result in
     ``distributed/protocol/utils.py``, so that what arrives need not be copied again.
+
+    Parameters
+    ----------
+    n : int
+
+    Returns
+    -------
+    memoryview
+        Of ``n`` bytes, writeable. It starts at a multiple of :data:`ALIGNMENT`; the first of a
+        message (:func:`a_message`) ends at one: it has headers, and last a frame.
     """
-    return (allocate(n) if n >= LARGE else np.empty(n, np.uint8)).data
+    flag = _first.get(None)
+    first = bool(flag and flag.pop())
+    if n < LARGE:
+        return np.empty(n, np.uint8).data
+    surplus = -n % ALIGNMENT if first else 0
+    return allocate(n + surplus)[surplus:].data
+
+
+@contextmanager
+def a_message() -> Iterator[None]:
+    """Say that a comm reads a message meanwhile, in this context."""
+    token = _first.set([True])
+    try:
+        yield
+    finally:
+        _first.reset(token)
+
+
+#: Whether the buffer that is asked for next is the first of a message.
+_first: ContextVar[list[bool]] = ContextVar("the first buffer of a message")
+
+#: Frames over so many bytes are cut, as ``distributed.comm.shard`` has it unless a user says else.
+_SHARD = 64 << 20
+
+
+def _goes_first(frame: AnyFrame) -> bool:
+    """Say whether a comm had better receive the first large frame in one buffer with the headers.
+
+    A frame that is cut arrives in as many buffers, which are joined by a copy; but not what comes
+    first in a message but for bytes (``_add_frames_header`` of ``distributed/comm/tcp.py``).
+    """
+    return frame.nbytes > _SHARD and not frame.nbytes % ALIGNMENT
 
 
 def _fills_its_buffer(view: memoryview) -> bool:
     # a view keeps all of its object alive, such as a whole message or spilled file
-    return not view.readonly and memoryview(view.obj).nbytes == view.nbytes
+    return not view.readonly and view.nbytes >= _MOST * memoryview(view.obj).nbytes
+
+
+#: What part of a buffer has to be one frame's for that frame to be kept in it.
+_MOST = 0.9
 
 
 def _aligned(nbytes: int) -> int:

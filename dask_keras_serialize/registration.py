@@ -26,7 +26,8 @@ What is taken, and what of it is private (each has a test that fails when it mov
 - ``host_array`` of ``distributed.comm.tcp`` and ``distributed.protocol.utils``: makes
   the buffers that comms receive into. Ours are the same, but aligned, so that backends
   use them in place (:func:`dask_keras_serialize.frames.host_array`). Where it is not
-  found nothing is taken, and what arrives is copied once.
+  found nothing is taken, and what arrives is copied once. ``read`` of ``distributed.comm.tcp.TCP``
+  tells it where a message begins.
 - ``from_frames`` and ``to_frames`` of ``distributed.comm.tcp``, ``ws`` and distributed-ucxx:
   messages with Keras's objects in them are taken apart and put together on threads of their
   own, see :mod:`dask_keras_serialize.offload`. Where they are not found, small ones hold the
@@ -70,7 +71,7 @@ from dask_keras_serialize.cluster import (
     serialize_together,
     wrap_client,
 )
-from dask_keras_serialize.frames import ALIGNMENT, host_array
+from dask_keras_serialize.frames import ALIGNMENT, a_message, host_array
 from dask_keras_serialize.handlers import (
     deserialize_keras,
     loads,
@@ -262,6 +263,16 @@ def _take_buffers(tcp: Any) -> None:
     _before["buffers"] = restore
     for module, _ in originals:
         module.host_array = host_array
+    _wrap("messages", tcp.TCP, "read", _reading_a_message)
+
+
+def _reading_a_message(read: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(read)
+    async def wrapped(*arguments: Any, **keywords: Any) -> Any:
+        with a_message():
+            return await read(*arguments, **keywords)
+
+    return wrapped
 
 
 def _take_client(client: Any) -> None:

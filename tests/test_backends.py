@@ -10,8 +10,8 @@ import keras
 import ml_dtypes
 import numpy as np
 import pytest
-from distributed.comm import connect, listen
-from distributed.protocol import to_serialize
+from distributed.comm import connect, listen, tcp
+from distributed.protocol import to_serialize, utils
 
 from dask_keras_serialize import backends, frames
 from dask_keras_serialize.frames import ALIGNMENT
@@ -139,6 +139,38 @@ def test_variables_received_over_tcp_are_used_where_they_arrived(monkeypatch):
     kernels[0].assign(kernels[0] + 1)
     # torch's update is in place; elsewhere the first one makes room
     assert (zoo.address(kernels[0]) == large[0]) is (NAME == "torch")
+
+
+@pytest.mark.parametrize("shape", [(4096, 5120), (8192, 4096), (4097, 4097)])
+def test_the_first_large_variable_is_received_with_the_headers(monkeypatch, shape):
+    """Over 64 MiB it would be cut, and joined by a copy: by address, and by what is allocated."""
+    buffers = []
+    original = frames.host_array
+
+    def spy(n):
+        buffers.append(original(n))
+        return buffers[-1]
+
+    monkeypatch.setattr(tcp, "host_array", spy)
+    monkeypatch.setattr(utils, "host_array", spy)
+    keras.utils.set_random_seed(0)
+    inputs, units = shape
+    model = keras.Sequential([keras.Input((inputs,)), keras.layers.Dense(units, use_bias=False)])
+    replica = asyncio.run(over_tcp(model))
+    nbytes = 4 * inputs * units
+    where = zoo.address(replica.variables[0])
+    whole = [b for b in buffers if begins(b) <= where and where + nbytes <= begins(b) + b.nbytes]
+    zoo.assert_same(model, replica)
+    if nbytes % ALIGNMENT:  # it cannot begin and end as the backends want it: joined
+        assert [b.nbytes for b in whole] == [nbytes]
+    else:
+        (buffer,) = whole
+        assert begins(buffer) + buffer.nbytes == where + nbytes
+        assert sum(b.nbytes for b in buffers) < 1.01 * nbytes
+
+
+def begins(buffer):
+    return np.frombuffer(buffer, np.uint8).ctypes.data
 
 
 async def over_tcp(value):

@@ -116,6 +116,16 @@ def test_memory_is_allocated_aligned(nbytes):
     assert nbytes < LARGE or address(view) % ALIGNMENT == 0
 
 
+def test_the_first_buffer_of_a_message_ends_aligned():
+    """There, after headers of any length, its last frame begins aligned."""
+    with frames.a_message():
+        views = [frames.host_array(LARGE + 7) for _ in range(2)]
+    views.append(frames.host_array(LARGE + 7))
+    assert (address(views[0]) + views[0].nbytes) % ALIGNMENT == 0
+    assert [address(view) % ALIGNMENT for view in views[1:]] == [0, 0]
+    assert {view.nbytes for view in views} == {LARGE + 7}
+
+
 def test_frames_to_keep_are_writeable_and_hold_little_else():
     def kept(buffer):
         (frame,) = frames.as_frames([buffer], "it", keep=True)
@@ -125,7 +135,8 @@ def test_frames_to_keep_are_writeable_and_hold_little_else():
     assert kept(own)
     assert kept(own.data[:])
     assert kept(frames.host_array(LARGE))
-    assert not kept(own.data[1:])  # it would keep the rest alive
+    assert kept(own.data[LARGE // 16 :])
+    assert not kept(own.data[LARGE // 8 :])  # it would keep the rest alive
     assert not kept(own.data.toreadonly())
     assert not kept(own.tobytes())
     assert all(frame.readonly for frame in frames.as_frames([own], "it"))
