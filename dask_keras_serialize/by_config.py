@@ -53,8 +53,15 @@ def dump(model: keras.Model) -> Description | str:
                 config = keras.saving.serialize_keras_object(model)
     except Exception as error:  # get_config is anybody's code
         return f"it has no config: {str(error).strip().splitlines()[0]}"
+    compile_config = config.pop("compile_config", None)
     try:
-        lost = fidelity.loss_by_config(model, config)
+        # JSON, not msgpack: it keeps lists lists, and every load gets a copy of its
+        # own, which deserialize_keras_object is free to empty
+        text, no_data = json.dumps(config), ""
+    except (TypeError, ValueError) as error:
+        text, no_data = "", f"its config is not plain data: {error}"
+    try:
+        lost = fidelity.loss_by_config(model, config, text, compile_config) or no_data
         trainer = compiled.describe(model) if model.compiled and not lost else None
     except AttributeError as error:  # see private.KERAS
         return f"what its config holds is not known of this Keras: {error}"
@@ -63,13 +70,11 @@ def dump(model: keras.Model) -> Description | str:
         return f"its config cannot be read just now: {error!r}"
     if lost:
         return lost
-    compile_config = config.pop("compile_config", None)
     if isinstance(trainer, str):
         return trainer
     names, extras = _read_assets(model)
     layers = [model, *private.flatten_layers(model)]
-    body = {
-        "model": config,
+    rest = {
         "policy": keras.dtype_policies.serialize(model.dtype_policy),
         "floatx": keras.config.floatx(),
         "frozen": [i for i, layer in enumerate(layers) if not layer.trainable],
@@ -81,9 +86,7 @@ def dump(model: keras.Model) -> Description | str:
         "assets": names,
     }
     try:
-        # JSON, not msgpack: it keeps lists lists, and every load gets a copy of its
-        # own, which deserialize_keras_object is free to empty
-        text = json.dumps(body)
+        text = f'{{"model": {text}, {json.dumps(rest)[1:]}'
     except (TypeError, ValueError) as error:
         return f"its config is not plain data: {error}"
     parts = functools.partial(parts_of, model)

@@ -8,6 +8,7 @@ is less portable, but takes what it finds.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,14 +24,19 @@ from dask_keras_serialize.likeness import (
 )
 
 
-def loss_by_config(model: keras.Model, config: Mapping[str, Any]) -> str | None:
+def loss_by_config(
+    model: keras.Model, config: Mapping[str, Any], text: str, compile_config: Any
+) -> str | None:
     """Name the first thing that the config of a model would lose.
 
     Parameters
     ----------
     model : keras.Model
     config : dict
-        ``keras.saving.serialize_keras_object(model)``.
+        ``keras.saving.serialize_keras_object(model)``, without what compiled it.
+    text : str
+        It as JSON; empty if it is no plain data.
+    compile_config : dict or None
 
     Returns
     -------
@@ -43,7 +49,7 @@ def loss_by_config(model: keras.Model, config: Mapping[str, Any]) -> str | None:
     """
     if type(model) not in (keras.Sequential, keras.Model, functional()):
         return f"{type(model).__qualname__} is a subclass of Model, with Python state of its own"
-    foreign = _foreign(config)
+    foreign = (None if _only_keras(text) else _foreign(config)) or _foreign([compile_config])
     if foreign:
         return f"{foreign} is not Keras's own"
     layers = list(private.flatten_layers(model))
@@ -80,6 +86,22 @@ def history_of(model: keras.Model) -> dict[str, Any] | None:
     if type(history) is not keras.callbacks.History or not _plain(state):
         raise ValueError("model.history is not plain data")
     return state
+
+
+def _only_keras(text: str) -> bool:
+    """Say whether a config, as Keras writes it, names classes of Keras's alone; if in doubt, no.
+
+    In JSON no quote inside a string stands unescaped, so that none can look like these keys.
+    """
+    ours, own_names = (sum(1 for _ in each.finditer(text)) for each in (_OF_KERAS, _OWN_NAMES))
+    named, registered = (text.count(f'"{key}": ') for key in ("class_name", "registered_name"))
+    return 0 < named == ours and registered == own_names
+
+
+_OF_KERAS = re.compile(
+    r'''"module": "keras(?:\.\w+)*", "class_name": "[A-Za-z]|"class_name": "__keras_tensor__"'''
+)
+_OWN_NAMES = re.compile(r'"registered_name": (?:null|"Functional"|"Sequential")')
 
 
 def _foreign(config: Any) -> str | None:

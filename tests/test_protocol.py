@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 import logging
 import math
 import random
@@ -16,7 +17,7 @@ import pytest
 from keras import layers
 from keras.src.random import seed_generator
 
-from dask_keras_serialize import backends, frames, rebuild
+from dask_keras_serialize import backends, fidelity, frames, rebuild
 from dask_keras_serialize.aside import aside
 from dask_keras_serialize.by_config import variables_of
 from dask_keras_serialize.errors import DecodeError, EncodeError
@@ -40,6 +41,24 @@ def test_what_arrives_is_the_same_model(name):
     zoo.assert_same(model, replica)
     # and what arrives can be sent on
     zoo.assert_same(model, round_trip(replica))
+
+
+def test_whose_classes_a_config_names_is_read_off_its_text():
+    """Keras's own at once; what only looks so is looked at one by one."""
+    config = keras.saving.serialize_keras_object(zoo.build("sequential"))
+    text = json.dumps(config)
+    assert fidelity._only_keras(text)
+    assert fidelity._only_keras(text.replace('"name": "', '"name": "\\"class_name\\": \\"X'))
+    for theirs in (
+        text.replace('"module": "keras.layers"', '"module": "keras_of_mine.layers"', 1),
+        text.replace('"module": "keras.layers"', '"module": null', 1),
+        text.replace('"registered_name": null', '"registered_name": "Mine>Dense"', 1),
+        text.replace('"class_name": "Dense"', '"class_name": "__lambda__"', 1),
+        text.replace('"module": "keras.layers", ', "", 1),
+        "",
+    ):
+        assert theirs != text
+        assert not fidelity._only_keras(theirs)
 
 
 @pytest.mark.parametrize("name", [name for name in zoo.ALL if "trained" in name])
