@@ -15,11 +15,18 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import cases
+import cluster
+import markdown
+import pictures
 import processes
+import report
+import scale
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results.json"
@@ -44,10 +51,20 @@ def main() -> None:
     asked = {"workloads": options.workloads, "backends": options.backends}
     asked = {name: tuple(value) for name, value in asked.items() if value}
     settings = dataclasses.replace(settings, **asked)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started ends
+    whole = not (options.quick or asked or tuple(options.only) != SECTIONS)
+    if whole:
+        options.json, options.images = options.json or RESULTS, options.images or IMAGES
     rows = measure(settings, options.only)
     results = {"head": head(settings), "rows": rows}
     if options.json:
         write(results, options.json)
+    print(report.text(results))
+    if options.images:
+        pictures.draw(results, options.images)
+    if whole:
+        for page, tables in zip(PAGES, (markdown.README, markdown.WHOLE), strict=True):
+            page.write_text(markdown.fill(page.read_text(), results, tables))
 
 
 def measure(settings: cases.Settings, sections: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -57,6 +74,10 @@ def measure(settings: cases.Settings, sections: tuple[str, ...]) -> list[dict[st
         if "peers" in sections:
             for backend in settings.backends:
                 rows += processes.measure(settings, backend, say)
+        if "cluster" in sections:
+            rows += cluster.measure(settings, say)
+        if "scale" in sections:
+            rows += scale.measure(settings, say)
     return rows
 
 

@@ -76,18 +76,18 @@ class Settings:
 
     seed: int = 20260
     repetitions: int = 5
-    seconds: float = 3.0
+    seconds: float = 2.5
     dense_bytes: int = 1 << 30
     big_bytes: int = 4 << 30
-    half_bytes: int = 256 << 20
+    half_bytes: int = 64 << 20
     workloads: tuple[str, ...] = WORKLOADS
     backends: tuple[str, ...] = ("tensorflow", "jax", "torch")
     turns: int = 5
     tasks: int = 1000
-    layers: tuple[int, ...] = (1, 3, 10, 30, 100, 300, 1000, 2000)
+    layers: tuple[int, ...] = (1, 3, 10, 30, 100, 300, 1000)
     sizes: tuple[int, ...] = tuple(1 << power for power in range(10, 31, 2))
     workers: tuple[int, ...] = (1, 4, 16, 64, 256)
-    counts: tuple[int, ...] = (1, 10, 100, 1000, 10000)
+    counts: tuple[int, ...] = (1, 10, 100, 1000, 3000, 10000)
 
     @classmethod
     def quick(cls) -> Settings:

@@ -50,11 +50,15 @@ class Peer:
         Whether this package is, while the peer is at work.
     room : float
         Memory it may need over the model, in models; a guess from above.
+    only : tuple of str
+        The workloads it is measured on, if not on all: it says the same of others as its
+        likes do, and takes long.
     """
 
     name = OURS
     registered = True
     room = 2.0
+    only: tuple[str, ...] = ()
 
     def open(self) -> None:
         """Import and start what is needed, once in a process."""
@@ -146,6 +150,7 @@ class _Scikeras(_Keras):
     """Scikeras's ``__reduce__``, which importing it puts in the place of Keras's."""
 
     name = SCIKERAS
+    only = (cases.RESNET, cases.RESNET_ADAM, cases.TINY, cases.DENSE)
 
     def open(self) -> None:
         import keras
@@ -233,6 +238,7 @@ class _Ray(Peer):
 
     name = RAY
     room = 4.0
+    only = (cases.RESNET, cases.BERT, cases.TINY, cases.DENSE)
 
     def open(self) -> None:
         import logging
@@ -282,6 +288,7 @@ class _RayKeras(_Ray):
     name = RAY_KERAS
     registered = False
     room = 8.0
+    only = (cases.RESNET, cases.DENSE)
 
 
 class _Config(Peer):
@@ -358,7 +365,14 @@ GROUPS: dict[str, tuple[type[Peer], ...]] = {
     "others": (_Torch, _Ray, _RayKeras),
 }
 
-#: Those of the backends that are measured beside the first.
-FEWER = ("ours", "keras")
+#: Those that are measured on backends beside the first too.
+FEWER = (OURS, CONFIG, KERAS)
 
-PEERS = tuple(peer.name for group in GROUPS.values() for peer in group)
+
+def chosen(group: str, workload: str, first: bool) -> list[str]:
+    """Name the peers of a group that are measured on a workload, by a first backend or not."""
+    return [
+        peer.name
+        for peer in GROUPS[group]
+        if (not peer.only or workload in peer.only) and (first or peer.name in FEWER)
+    ]

@@ -155,22 +155,24 @@ def measure(settings: cases.Settings, backend: str, say: Callable[[str], None]) 
         A row for each workload, peer and figure, "out" or "in".
     """
     first = backend == settings.backends[0]
-    groups = tuple(peers.GROUPS) if first else peers.FEWER
     rows = []
     running: dict[str, Process] = {}
     try:
         for workload in settings.workloads:
             if not first and workload not in cases.ON_ALL_BACKENDS:
                 continue
+            chosen = {g: peers.chosen(g, workload, first) for g in peers.GROUPS}
+            chosen = {group: names for group, names in chosen.items() if names}
             large = settings.is_large(workload)
-            for some in [(group,) for group in groups] if large else [groups]:
-                say(f"{settings.title(workload)}, {backend}: {', '.join(some)}")
+            for some in [{g: n} for g, n in chosen.items()] if large else [chosen]:
+                say(f"{settings.title(workload)}, {backend}: {', '.join(sum(some.values(), []))}")
                 for group in some:
                     if group not in running or not running[group].alive:
                         running[group] = Process(
                             serve, settings, group, KERAS_BACKEND=backend, TF_CPP_MIN_LOG_LEVEL="3"
                         )
-                rows += _workload(settings, workload, backend, {g: running[g] for g in some})
+                of = {name: group for group, names in some.items() for name in names}
+                rows += _workload(settings, workload, backend, running, of)
     finally:
         for process in running.values():
             process.end()
@@ -178,9 +180,13 @@ def measure(settings: cases.Settings, backend: str, say: Callable[[str], None]) 
 
 
 def _workload(
-    settings: cases.Settings, workload: str, backend: str, running: dict[str, Process]
+    settings: cases.Settings,
+    workload: str,
+    backend: str,
+    running: dict[str, Process],
+    of: dict[str, str],
 ) -> list[Row]:
-    of = {peer.name: group for group in running for peer in peers.GROUPS[group]}
+    running = {group: running[group] for group in dict.fromkeys(of.values())}
     common: dict[str, Row] = {}
     failed: dict[str, str] = {}
     for process in running.values():
@@ -272,14 +278,14 @@ def serve(line: Connection, settings: cases.Settings, group: str) -> None:
             try:
                 peer.open()
                 gc.freeze()
-                _repeat(peer, cases.tiny(), 0, False)
+                repeat(peer, cases.tiny(), 0, False)
                 opened[name] = None
             except Exception as error:
                 opened[name] = str(reason(error))
         if (failure := opened[name]) is not None:
             raise Failed(failure)
         fits(peer.room * held["bytes"])
-        return _repeat(peer, held["model"], held["bytes"], memory)
+        return repeat(peer, held["model"], held["bytes"], memory)
 
     try:
         requests(line, answer)
@@ -300,7 +306,8 @@ def fits(nbytes: float) -> None:
         raise Failed(f"needs about {need} of memory, {there} was available")
 
 
-def _repeat(peer: peers.Peer, model: Any, nbytes: int, memory: bool) -> Row:
+def repeat(peer: peers.Peer, model: Any, nbytes: int, memory: bool) -> Row:
+    """Measure a peer once, both ways; the memory too, and what was copied, if asked to."""
     source = peer.source(model)
     room = int(min(peer.room, 7) * nbytes)
     before = start(room, memory)
@@ -349,6 +356,13 @@ def extra(memory: bool, before: int) -> int | None:
     if not memory or not Path("/proc/self/clear_refs").exists():
         return None
     return _status("VmHWM") - before
+
+
+def resident() -> tuple[int, int]:
+    """Return the resident size and its peak; nothing where they cannot be read."""
+    if not Path("/proc/self/status").exists():
+        return 0, 0
+    return _status("VmRSS"), _status("VmHWM")
 
 
 def _status(key: str) -> int:
