@@ -22,7 +22,7 @@ from typing import Any
 
 import cases
 import cluster
-import markdown
+import pages
 import pictures
 import processes
 import report
@@ -63,8 +63,8 @@ def main() -> None:
     if options.images:
         pictures.draw(results, options.images)
     if whole:
-        for page, tables in zip(PAGES, (markdown.README, markdown.WHOLE), strict=True):
-            page.write_text(markdown.fill(page.read_text(), results, tables))
+        for page, tables in zip(PAGES, (pages.README, pages.WHOLE), strict=True):
+            page.write_text(pages.fill(page.read_text(), results, tables))
 
 
 def measure(settings: cases.Settings, sections: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -7,7 +7,9 @@ reference.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -71,6 +73,7 @@ class Cluster:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | _QUIET | {"PYTHONPATH": path},
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
         self._running.append(process)
         return process
@@ -84,6 +87,11 @@ class Cluster:
         for process in reversed(self._running):  # the scheduler last
             end(process)
         self._folder.cleanup()
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when the one that started it is gone."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def map_over(client: Any, count: int, value: Any) -> list[Any]:

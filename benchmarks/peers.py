@@ -101,7 +101,7 @@ class Peer:
         return values.arrays(source)
 
 
-class _Dask(Peer):
+class Dask(Peer):
     """Dask's own way to serialize a value, whoever handles it."""
 
     def dump(self, source: Any) -> Wire:
@@ -118,7 +118,7 @@ class _Dask(Peer):
         return deserialize(msgpack.unpackb(blob, use_list=False, strict_map_key=False), buffers)
 
 
-class _Pickle(Peer):
+class Pickle(Peer):
     """Pickle, with buffers out of band where a value has any."""
 
     name = OURS_PICKLE
@@ -132,7 +132,7 @@ class _Pickle(Peer):
         return pickle.loads(blob, buffers=buffers)
 
 
-class _Keras(Peer):
+class Keras(Peer):
     """Keras's own ``__reduce__``, with this package out of the way."""
 
     name = KERAS
@@ -146,7 +146,7 @@ class _Keras(Peer):
         return pickle.loads(blob)
 
 
-class _Scikeras(_Keras):
+class Scikeras(Keras):
     """Scikeras's ``__reduce__``, which importing it puts in the place of Keras's."""
 
     name = SCIKERAS
@@ -160,7 +160,7 @@ class _Scikeras(_Keras):
             raise RuntimeError("keras.Model is not pickled by scikeras")
 
 
-class _Old(_Dask):
+class Old(Dask):
     """distributed/protocol/keras.py, which fails since Keras 3, with its calls mended.
 
     It sends the config without what ``compile`` did, and what ``get_weights`` gives.
@@ -188,7 +188,7 @@ class _Old(_Dask):
         return model
 
 
-class _Safetensors(Peer):
+class Safetensors(Peer):
     """Keras's config beside all variables in a safetensors blob, by hand."""
 
     name = SAFETENSORS
@@ -214,7 +214,7 @@ class _Safetensors(Peer):
         return model
 
 
-class _Torch(_Dask):
+class Torch(Dask):
     """A torch Module that holds a parameter for each variable, by Dask's handlers."""
 
     name = TORCH
@@ -233,7 +233,7 @@ class _Torch(_Dask):
         return module
 
 
-class _Ray(Peer):
+class Ray(Peer):
     """``ray.put`` and ``ray.get``: into ray's store of shared memory, and out of it."""
 
     name = RAY
@@ -248,7 +248,7 @@ class _Ray(Peer):
 
         if ray.is_initialized():
             return
-        _Ray.folder = tempfile.mkdtemp(prefix="ray-")
+        Ray.folder = tempfile.mkdtemp(prefix="ray-")
         store = min(6 << 30, psutil.virtual_memory().available // 3)
         with contextlib.redirect_stderr(io.StringIO()):
             ray.init(
@@ -257,7 +257,7 @@ class _Ray(Peer):
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                _temp_dir=_Ray.folder,
+                _temp_dir=Ray.folder,
             )
 
     def close(self) -> None:
@@ -265,7 +265,7 @@ class _Ray(Peer):
 
         if ray.is_initialized():
             ray.shutdown()
-            shutil.rmtree(_Ray.folder, ignore_errors=True)
+            shutil.rmtree(Ray.folder, ignore_errors=True)
 
     def dump(self, source: Any) -> Wire:
         import ray
@@ -284,95 +284,12 @@ class _Ray(Peer):
         return None
 
 
-class _RayKeras(_Ray):
+class RayKeras(Ray):
     name = RAY_KERAS
     registered = False
     room = 8.0
     only = (cases.RESNET, cases.DENSE)
 
 
-class _Config(Peer):
-    """``serialize_keras_object`` and its counterpart: what whoever uses configs has to do."""
-
-    name = CONFIG
-
-    def dump(self, source: Any) -> Wire:
-        import keras
-
-        return keras.saving.serialize_keras_object(source), []
-
-    def deliver(self, blob: Any, buffers: list[Any]) -> Wire:
-        return json.loads(json.dumps(blob)), buffers  # it empties the dict it is given
-
-    def load(self, blob: Any, buffers: list[Any]) -> Any:
-        import keras
-
-        return keras.saving.deserialize_keras_object(blob)
-
-    def equal(self, source: Any, got: Any) -> str:
-        import keras
-
-        one, two = (json.dumps(keras.saving.serialize_keras_object(m)) for m in (source, got))
-        if one != two:
-            raise ValueError("another config came back")
-        return "config"
-
-    def wire_bytes(self, blob: Any, buffers: list[Any]) -> int:
-        return len(json.dumps(blob))
-
-    def views(self, source: Any) -> list[values.Array]:
-        return []
-
-
-class _Arrays(_Dask):
-    """The same bytes as a list of numpy arrays: the limit of whoever uses Dask."""
-
-    name = ARRAYS
-
-    def source(self, model: Any) -> Any:
-        return values.weights(model)
-
-
-class _Memcpy(Peer):
-    """Copy the same bytes once each way: the limit of whoever has to copy."""
-
-    name = MEMCPY
-    room = 3.0
-
-    def source(self, model: Any) -> Any:
-        self.likes = [(each.dtype, each.shape) for each in values.arrays(model)]
-        return values.arrays(model)
-
-    def dump(self, source: Any) -> Wire:
-        return b"", [np.array(each).reshape(-1).view(np.uint8) for each in source]
-
-    def load(self, blob: Any, buffers: list[Any]) -> Any:
-        return [
-            np.array(buffer, np.uint8).view(dtype).reshape(shape)
-            for buffer, (dtype, shape) in zip(buffers, self.likes, strict=True)
-        ]
-
-
-class _Ours(_Dask):
+class Ours(Dask):
     """Dask's family of serializers: what scatter, gather and spill call."""
-
-
-#: Those that share a process, in the order of the tables.
-GROUPS: dict[str, tuple[type[Peer], ...]] = {
-    "ours": (_Ours, _Pickle, _Config, _Arrays, _Memcpy),
-    "keras": (_Keras, _Old, _Safetensors),
-    "scikeras": (_Scikeras,),
-    "others": (_Torch, _Ray, _RayKeras),
-}
-
-#: Those that are measured on backends beside the first too.
-FEWER = (OURS, CONFIG, KERAS)
-
-
-def chosen(group: str, workload: str, first: bool) -> list[str]:
-    """Name the peers of a group that are measured on a workload, by a first backend or not."""
-    return [
-        peer.name
-        for peer in GROUPS[group]
-        if (not peer.only or workload in peer.only) and (first or peer.name in FEWER)
-    ]

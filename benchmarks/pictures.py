@@ -170,6 +170,9 @@ def _scale(plt: Any, rows: list[Row]) -> Any:
 
 def _bars(place: Any, names: list[str], times: list[float | None]) -> None:
     known = [time for time in times if time]
+    if not known:
+        place.axis("off")
+        return
     for i, (name, time) in enumerate(zip(names, times, strict=True)):
         if time:
             place.barh(i, time, color=COLORS[name], height=0.8)

@@ -8,43 +8,29 @@ not count unless they are the only ones, because giving free memory back to the 
 first makes the next allocation slower. Memory that a peer may need is touched beforehand,
 see ``cases.touch``.
 
-Memory is the process's peak resident size over where it stood when the clock started
-(``VmHWM``, reset through ``/proc/self/clear_refs``; None where that is missing). Extra
-is what is over the weights themselves: out, over the model; in, over one copy of them,
-so that received bytes and a model beside them make 100 %.
-
 What fails is a row with its reason, a process that dies too.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import multiprocessing
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import cases
-import peers
-
-Row = dict[str, Any]
+import limits
+import meter
+import values
+from meter import MeasuringError, Row
 
 #: Seconds after which a process that does not answer is ended.
 PATIENCE = 240.0
-
-#: Bytes of memory that are left to everybody else.
-SPARE = 1 << 30
-
-
-class Failed(Exception):
-    """Says in one line why there is nothing to show."""
 
 
 class Process:
@@ -80,16 +66,18 @@ class Process:
             self._line.send(request)
 
     def answer(self, patience: float = PATIENCE) -> Any:
-        """Wait for the answer to the eldest request; Failed says why there is none."""
+        """Wait for the answer to the eldest request; MeasuringError says why there is none."""
         if not self._line.poll(patience):
             self.end(now=True)
-            raise Failed(f"took longer than {patience:.0f} s")
+            raise MeasuringError(f"took longer than {patience:.0f} s")
         try:
             answer = self._line.recv()
         except (EOFError, ConnectionResetError):
             self._process.join(10)
-            raise Failed(f"its process died, exit status {self._process.exitcode}") from None
-        if isinstance(answer, Failed):
+            raise MeasuringError(
+                f"its process died, exit status {self._process.exitcode}"
+            ) from None
+        if isinstance(answer, MeasuringError):
             raise answer
         return answer
 
@@ -121,21 +109,12 @@ class Process:
 
 
 def requests(line: Connection, answer: Callable[..., Any]) -> None:
-    """Answer requests until None comes, in a process; what is raised is sent as Failed."""
+    """Answer requests until None comes, in a process; what is raised is sent as MeasuringError."""
     while (request := line.recv()) is not None:
         try:
             line.send(answer(*request))
         except Exception as error:
-            line.send(reason(error))
-
-
-def reason(error: BaseException) -> Failed:
-    """Say in one line what went wrong."""
-    if isinstance(error, Failed):
-        return error
-    lines = str(error).strip().splitlines()
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return Failed(text if len(text) <= 160 else f"{text[:157]}...")
+            line.send(meter.reason(error))
 
 
 def measure(settings: cases.Settings, backend: str, say: Callable[[str], None]) -> list[Row]:
@@ -161,11 +140,12 @@ def measure(settings: cases.Settings, backend: str, say: Callable[[str], None]) 
         for workload in settings.workloads:
             if not first and workload not in cases.ON_ALL_BACKENDS:
                 continue
-            chosen = {g: peers.chosen(g, workload, first) for g in peers.GROUPS}
+            chosen = {g: limits.chosen(g, workload, first) for g in limits.GROUPS}
             chosen = {group: names for group, names in chosen.items() if names}
             large = settings.is_large(workload)
             for some in [{g: n} for g, n in chosen.items()] if large else [chosen]:
-                say(f"{settings.title(workload)}, {backend}: {', '.join(sum(some.values(), []))}")
+                names = ", ".join(some) if large else "all groups"
+                say(f"{settings.title(workload)}, {backend}: {names}")
                 for group in some:
                     if group not in running or not running[group].alive:
                         running[group] = Process(
@@ -194,7 +174,7 @@ def _workload(
     for group, process in running.items():
         try:
             common[group] = process.answer()
-        except Failed as error:
+        except MeasuringError as error:
             failed |= {name: str(error) for name in of if of[name] == group}
     memory: dict[str, Row] = {}
     timed: dict[str, list[Row]] = {name: [] for name in of}
@@ -205,7 +185,7 @@ def _workload(
                 continue
             try:
                 row = running[group].ask("repeat", name, repetition == 0)
-            except Failed as error:
+            except MeasuringError as error:
                 failed[name] = str(error)
                 continue
             seconds = row["out"]["seconds"] + row["in"]["seconds"]
@@ -230,15 +210,9 @@ def _workload(
             rows.append(
                 row
                 | {key: value for key, value in memory[name][figure].items() if key != "seconds"}
-                | times([each[figure]["seconds"] for each in repetitions])
+                | meter.times([each[figure]["seconds"] for each in repetitions])
             )
     return rows
-
-
-def times(seconds: list[float]) -> Row:
-    """Put seconds into a row, with the median and the least of them."""
-    rounded = [float(f"{each:.4g}") for each in seconds]
-    return {"seconds": rounded, "median": statistics.median(rounded), "minimum": min(rounded)}
 
 
 def serve(line: Connection, settings: cases.Settings, group: str) -> None:
@@ -250,11 +224,11 @@ def serve(line: Connection, settings: cases.Settings, group: str) -> None:
         Receives ("build", workload), ("repeat", peer, whether to read memory), ("drop",).
     settings : Settings
     group : str
-        One of ``peers.GROUPS``.
+        One of ``limits.GROUPS``.
     """
     import dask_keras_serialize
 
-    everybody = {kind.name: kind() for kind in peers.GROUPS[group]}
+    everybody = {kind.name: kind() for kind in limits.GROUPS[group]}
     if not any(peer.registered for peer in everybody.values()):
         dask_keras_serialize.unregister()
     opened: dict[str, str | None] = {}
@@ -267,7 +241,7 @@ def serve(line: Connection, settings: cases.Settings, group: str) -> None:
             return gc.collect()
         if what == "build":
             held["model"] = model = cases.build(arguments[0], settings)
-            held["bytes"] = cases.values.nbytes(model)
+            held["bytes"] = values.nbytes(model)
             gc.collect()
             gc.freeze()  # collecting Keras's objects takes longer than many a repetition
             return {"bytes": held["bytes"]}
@@ -278,14 +252,14 @@ def serve(line: Connection, settings: cases.Settings, group: str) -> None:
             try:
                 peer.open()
                 gc.freeze()
-                repeat(peer, cases.tiny(), 0, False)
+                meter.repeat(peer, cases.tiny(), 0, False)
                 opened[name] = None
             except Exception as error:
-                opened[name] = str(reason(error))
+                opened[name] = str(meter.reason(error))
         if (failure := opened[name]) is not None:
-            raise Failed(failure)
-        fits(peer.room * held["bytes"])
-        return repeat(peer, held["model"], held["bytes"], memory)
+            raise MeasuringError(failure)
+        meter.fits(peer.room * held["bytes"])
+        return meter.repeat(peer, held["model"], held["bytes"], memory)
 
     try:
         requests(line, answer)
@@ -294,82 +268,6 @@ def serve(line: Connection, settings: cases.Settings, group: str) -> None:
         for name, peer in everybody.items():
             if name in opened:
                 peer.close()
-
-
-def fits(nbytes: float) -> None:
-    """Raise Failed where so much memory is not to be had."""
-    import psutil
-
-    available = psutil.virtual_memory().available
-    if nbytes + SPARE > available:
-        need, there = (cases.readable(each) for each in (nbytes, available))
-        raise Failed(f"needs about {need} of memory, {there} was available")
-
-
-def repeat(peer: peers.Peer, model: Any, nbytes: int, memory: bool) -> Row:
-    """Measure a peer once, both ways; the memory too, and what was copied, if asked to."""
-    source = peer.source(model)
-    room = int(min(peer.room, 7) * nbytes)
-    before = start(room, memory)
-    began = time.perf_counter()
-    blob, buffers = peer.dump(source)
-    seconds_out = time.perf_counter() - began
-    row_out: Row = {"seconds": seconds_out, "extra_bytes": extra(memory, before)}
-    wire = peer.wire_bytes(blob, buffers)
-    views = peer.views(source)
-    copied = wire is not None and bool(views)
-    if memory and copied:
-        sent = [cases.np.frombuffer(each, cases.np.uint8) for each in buffers]
-        row_out["copied_bytes"] = cases.values.elsewhere(sent, views) + len(memoryview(blob))
-    views = sent = []
-
-    blob, buffers = peer.deliver(blob, buffers)
-    before = start(room, memory)
-    began = time.perf_counter()
-    copy = peer.load(blob, buffers)
-    seconds_in = time.perf_counter() - began
-    extra_in = extra(memory, before - (wire or 0) + nbytes)
-    row_in: Row = {"seconds": seconds_in, "extra_bytes": extra_in}
-    if memory and copied:
-        arrived = [cases.np.asarray(each) for each in (blob, *buffers)]
-        row_in["copied_bytes"] = cases.values.elsewhere(peer.views(copy), arrived)
-        arrived = []
-    del blob, buffers
-    row_in["equal"] = peer.equal(source, copy)
-    common = {"wire_bytes": wire}
-    return {"out": row_out | common, "in": row_in | common}
-
-
-def start(room: int, memory: bool) -> int:
-    """Collect garbage, make room; to read memory, trim, reset the peak, return the size."""
-    gc.collect()
-    cases.touch(room)
-    if not memory or not Path("/proc/self/clear_refs").exists():
-        return 0
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def extra(memory: bool, before: int) -> int | None:
-    """Return how far the peak went above a size; None where it is not read."""
-    if not memory or not Path("/proc/self/clear_refs").exists():
-        return None
-    return _status("VmHWM") - before
-
-
-def resident() -> tuple[int, int]:
-    """Return the resident size and its peak; nothing where they cannot be read."""
-    if not Path("/proc/self/status").exists():
-        return 0, 0
-    return _status("VmRSS"), _status("VmHWM")
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
 
 
 @contextlib.contextmanager

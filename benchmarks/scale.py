@@ -21,13 +21,16 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import cases
-import dask_keras_serialize
+import limits
+import meter
 import numpy as np
 import peers
 import processes
 import values
 from daemons import Cluster, map_over, use
-from processes import Failed, Row
+from meter import MeasuringError, Row
+
+import dask_keras_serialize
 
 #: The part of a curve that the slope is of: from its end down to a 32nd of it.
 UPPER = 32
@@ -74,7 +77,7 @@ def measure(settings: cases.Settings, say: Callable[[str], None]) -> list[Row]:
                 say(f"{x:,} {curve}")
                 try:
                     rows += [common | row for row in process.ask(curve, x)]
-                except Failed as error:
+                except MeasuringError as error:
                     rows.append(
                         common | {"peer": peers.OURS, "figure": curve, "failed": str(error)}
                     )
@@ -122,8 +125,7 @@ def serve(line: Connection, settings: cases.Settings) -> None:
 class _Bench:
     def __init__(self, settings: cases.Settings, stack: contextlib.ExitStack) -> None:
         self.settings, self._stack = settings, stack
-        ours, _, config, arrays, _ = (kind() for kind in peers.GROUPS["ours"])
-        self._peers = [ours, config, arrays, peers.GROUPS["keras"][0]()]
+        self._peers = [peers.Ours(), limits.Config(), limits.Arrays(), peers.Keras()]
         self._slow: set[tuple[str, str]] = set()
         self._clients: dict[str, Any] = {}
         self._hosts: list[processes.Process] = []
@@ -135,7 +137,7 @@ class _Bench:
         yield from self._there_and_back("layers", model)
 
     def bytes(self, nbytes: int) -> Iterator[Row]:
-        processes.fits(8 * nbytes)
+        meter.fits(8 * nbytes)
         model = cases.dense(nbytes)
         cases.fill(model, self.settings.seed)
         yield from self._there_and_back("bytes", model)
@@ -159,7 +161,7 @@ class _Bench:
             results = client.gather(map_over(client, count, value))
             seconds = time.perf_counter() - began
             if results != list(range(count)):
-                raise Failed("other results came back")
+                raise MeasuringError("other results came back")
             return seconds
 
         yield from self._turns("map", model, run)
@@ -176,7 +178,7 @@ class _Bench:
                 if left[peer.name] <= 0 or (curve, peer.name) in self._slow:
                     continue
                 with _registered(peer.registered):
-                    row = processes.repeat(peer, model, nbytes, False)
+                    row = meter.repeat(peer, model, nbytes, False)
                 seconds = row["out"]["seconds"] + row["in"]["seconds"]
                 left[peer.name] -= seconds
                 if seconds > ENOUGH and peer.name == peers.KERAS:
@@ -187,7 +189,7 @@ class _Bench:
         gc.unfreeze()
         for name, rows in taken.items():
             for figure in ("out", "in"):
-                seconds = processes.times([row[figure]["seconds"] for row in rows])
+                seconds = meter.times([row[figure]["seconds"] for row in rows])
                 equal = rows[-1]["in"]["equal"]
                 yield {
                     "peer": name,
@@ -212,7 +214,7 @@ class _Bench:
                 times[kind] += [seconds] if turn else []
         for kind, seconds in times.items():
             row = {"peer": kind, "figure": figure, "weights_bytes": values.nbytes(model)}
-            yield row | {"equal": "arrived"} | processes.times(seconds)
+            yield row | {"equal": "arrived"} | meter.times(seconds)
 
     def _scatter(self, value: Any) -> float:
         client = self._client("four", 4)
@@ -220,7 +222,7 @@ class _Bench:
         (future,) = client.scatter([value], hash=False)
         seconds = time.perf_counter() - began
         if client.submit(values.nbytes, future, pure=False).result() != values.nbytes(value):
-            raise Failed("another value arrived")
+            raise MeasuringError("another value arrived")
         return seconds
 
     def _broadcast(self, value: Any) -> float:
@@ -230,7 +232,7 @@ class _Bench:
         seconds = time.perf_counter() - began
         (held,) = client.who_has([future]).values()
         if len(held) != self._hosted:
-            raise Failed(f"{len(held)} of {self._hosted} workers hold it")
+            raise MeasuringError(f"{len(held)} of {self._hosted} workers hold it")
         return seconds
 
     def _task_on_each(self, value: Any) -> float:
@@ -245,7 +247,7 @@ class _Bench:
         results = client.gather(futures)
         seconds = time.perf_counter() - began
         if results != list(range(len(workers))):
-            raise Failed("other results came back")
+            raise MeasuringError("other results came back")
         return seconds
 
     def _client(self, name: str, workers: int) -> Any:
@@ -271,7 +273,7 @@ class _Bench:
         until = time.monotonic() + 120
         while len(client.scheduler_info(n_workers=-1)["workers"]) < count:
             if time.monotonic() > until:
-                raise Failed("workers did not come")
+                raise MeasuringError("workers did not come")
             time.sleep(0.05)
         self._hosted = count
 
