@@ -49,7 +49,7 @@ class Bed:
 
     def make_room(self, copies: int) -> None:
         gc.collect()
-        cases.touch(copies * self.nbytes)
+        cases.touch(min(copies, 3) * self.nbytes)
 
     def check(self, future: Any, expected: str, copies: int) -> None:
         (held,) = self.client.who_has([future]).values()

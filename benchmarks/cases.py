@@ -106,19 +106,21 @@ class Settings:
             counts=(1, 10, 100, 1000),
         )
 
-    def title(self, workload: str) -> str:
-        """Name a workload for people, with its size where that is a setting."""
+    def bytes_of(self, workload: str) -> int:
+        """Tell a workload's bytes where they are a setting; 0 elsewhere."""
         sizes = {DENSE: self.dense_bytes, DENSE_BIG: self.big_bytes}
         sizes |= {FLOAT16: self.half_bytes, BFLOAT16: self.half_bytes}
-        if workload not in sizes:
-            return workload
+        return sizes.get(workload, 0)
+
+    def title(self, workload: str) -> str:
+        """Name a workload for people, with its size where that is a setting."""
+        size = self.bytes_of(workload)
         name = DENSE if workload == DENSE_BIG else workload
-        return f"{name}, {readable(sizes[workload])}"
+        return f"{name}, {readable(size)}" if size else name
 
     def is_large(self, workload: str) -> bool:
         """Say whether processes should not hold it side by side."""
-        sizes = {DENSE: self.dense_bytes, DENSE_BIG: self.big_bytes}
-        return sizes.get(workload, 0) >= 512 << 20
+        return self.bytes_of(workload) >= 512 << 20
 
 
 def build(workload: str, settings: Settings) -> keras.Model:
@@ -185,6 +187,8 @@ def fill(model: keras.Model, seed: int) -> None:
         if variable.shape and "float" in str(variable.dtype):
             size = int(np.prod(variable.shape))
             numbers = np.resize(np.roll(block, size % 997), size).reshape(variable.shape)
+            if numbers.ndim > 1:  # so that what a model predicts is finite
+                numbers *= 2 * numbers.shape[-1] / size
             variable.assign(numbers)
 
 
@@ -193,9 +197,12 @@ def touch(nbytes: int) -> None:
 
     The host of a virtual machine may take back what the machine has not used for some
     seconds. The next to touch it waits, up to 2 s for a GiB, which has nothing to do
-    with the peer whose turn it is.
+    with the peer whose turn it is. No more is touched than half of what is there: others
+    may be about to ask for it too.
     """
-    np.empty(nbytes, np.uint8)[::4096] = 1
+    import psutil
+
+    np.empty(min(nbytes, psutil.virtual_memory().available // 2), np.uint8)[::4096] = 1
 
 
 def readable(nbytes: float) -> str:

@@ -61,7 +61,7 @@ class Memcpy(peers.Peer):
     """Copy the same bytes once each way: the limit of whoever has to copy."""
 
     name = peers.MEMCPY
-    room = 3.0
+    room = 2.0
 
     def source(self, model: Any) -> Any:
         self.likes = [(each.dtype, each.shape) for each in values.arrays(model)]

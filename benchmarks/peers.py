@@ -168,7 +168,7 @@ class Old(Dask):
 
     name = OLD
     registered = False
-    room = 5.0
+    room = 4.0
 
     def dump(self, source: Any) -> Wire:
         import keras
@@ -218,7 +218,7 @@ class Torch(Dask):
     """A torch Module that holds a parameter for each variable, by Dask's handlers."""
 
     name = TORCH
-    room = 4.0
+    room = 3.0
 
     def source(self, model: Any) -> Any:
         import torch

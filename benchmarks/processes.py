@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import cases
@@ -110,6 +111,8 @@ class Process:
 
 def requests(line: Connection, answer: Callable[..., Any]) -> None:
     """Answer requests until None comes, in a process; what is raised is sent as MeasuringError."""
+    with contextlib.suppress(OSError):  # where memory runs out, this is what should end
+        Path("/proc/self/oom_score_adj").write_text("500")
     while (request := line.recv()) is not None:
         try:
             line.send(answer(*request))
@@ -240,6 +243,7 @@ def serve(line: Connection, settings: cases.Settings, group: str) -> None:
             gc.unfreeze()
             return gc.collect()
         if what == "build":
+            meter.fits(3 * settings.bytes_of(arguments[0]))
             held["model"] = model = cases.build(arguments[0], settings)
             held["bytes"] = values.nbytes(model)
             gc.collect()
