@@ -52,11 +52,12 @@ class Bed:
         cases.touch(min(copies, 3) * self.nbytes)
 
     def check(self, future: Any, expected: str, copies: int) -> None:
+        """Compare what so many workers hold with a checksum of what was sent."""
         (held,) = self.client.who_has([future]).values()
         if len(held) != copies:
             raise MeasuringError(f"{len(held)} workers hold it")
         tasks = [
-            self.client.submit(values.digest, future, pure=False, workers=[worker])
+            self.client.submit(values.checksum, future, pure=False, workers=[worker])
             for worker in held
         ]
         if {task.result() for task in tasks} != {expected}:

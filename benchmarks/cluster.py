@@ -12,6 +12,7 @@ Keras's pickle inside a task, and cannot be scattered at all.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import time
@@ -31,23 +32,30 @@ from bed import WORKERS, Bed, resident, timed
 from daemons import map_over, use
 from meter import MeasuringError, Row
 
-#: Figures, in the order of the tables, and the workloads that they are measured on.
-FIGURES: dict[str, tuple[str, ...]] = {
-    "ask": (cases.RESNET, cases.RESNET_ADAM, cases.DENSE),
-    "move": (cases.RESNET, cases.DENSE),
-    "tasks": (cases.RESNET,),
-    "submit": (cases.RESNET,),
-    "spill": (cases.RESNET, cases.DENSE),
-    "predict": (cases.RESNET,),
-    "without": (cases.RESNET,),
-}
-
 #: Arguments of ``Client.scatter``; a hash reads every byte before it is sent.
 SCATTERS: dict[str, dict[str, Any]] = {
     "scatter": {},
     "scatter, hash=False": {"hash": False},
     "scatter, direct, hash=False": {"hash": False, "direct": True},
     "broadcast to 4": {"broadcast": True},
+}
+
+#: The way to scatter after which values are gathered again, which takes the least time.
+FASTEST = "scatter, direct, hash=False"
+
+#: Seconds after which three turns do.
+ENOUGH = 20.0
+
+#: Figures, in the order of the tables, and the workloads that they are measured on.
+FIGURES: dict[str, tuple[str, ...]] = {
+    "ask": (cases.RESNET, cases.RESNET_ADAM, cases.DENSE),
+    **dict.fromkeys(SCATTERS, (cases.RESNET, cases.DENSE)),
+    "refused": (cases.RESNET,),
+    "tasks": (cases.RESNET,),
+    "submit": (cases.RESNET,),
+    "spill": (cases.RESNET, cases.DENSE),
+    "predict": (cases.RESNET,),
+    "without": (cases.RESNET,),
 }
 
 #: Of the model that is small enough to go through a cluster without the package.
@@ -111,47 +119,49 @@ def serve(line: Connection, settings: cases.Settings, workload: str) -> None:
         processes.requests(line, lambda figure: list(RUN[figure](bed)))
 
 
-def move(bed: Bed) -> Iterator[Row]:
-    """Scatter, broadcast and gather, the kinds in turn within each."""
+def move(bed: Bed, figure: str) -> Iterator[Row]:
+    """Scatter in one way of SCATTERS, the kinds in turn; gather too, after the fastest.
+
+    With ``settings.turns`` or, once so many seconds are spent, with three.
+    """
     meter.fits((WORKERS + 5) * bed.nbytes)  # on its way it is in three processes more
     assert bed.cluster
     kinds = dict(bed.kinds)
     if bed.nbytes < 512 << 20:
         with contextlib.suppress(ImportError):
             kinds[peers.TORCH] = peers.Torch().source(bed.model)
-    figures = (*SCATTERS, "gather")
-    times: dict[tuple[str, str], list[float]] = {
-        (kind, figure): [] for figure in figures for kind in kinds
-    }
-    digests = {kind: values.digest(value) for kind, value in kinds.items()}
-    # the small model has no target here, and three kinds
-    turns = min(bed.settings.turns, 5 if peers.TORCH not in kinds else 3)
-    for turn in range(1 + turns):
-        for figure, arguments in SCATTERS.items():
-            for kind, value in kinds.items():
-                if kind == peers.TORCH and figure == "scatter, hash=False":
-                    continue
-                arguments = dict(arguments)
-                copies = WORKERS if "broadcast" in arguments else 1
-                if copies == 1:
-                    arguments["workers"] = [bed.workers[0]]
-                bed.make_room(2 + copies)
-                seconds, (future,) = timed(bed.client.scatter, [value], **arguments)
-                times[kind, figure] += [seconds] if turn else []
-                bed.check(future, digests[kind], copies)
-                if figure == "scatter, direct, hash=False":
-                    bed.make_room(3)
-                    seconds, back = timed(bed.client.gather, future)
-                    values.equal(value, back)
-                    del back
-                    times[kind, "gather"] += [seconds] if turn else []
-                del future
-                bed.wait_until_empty()
-    for (kind, figure), seconds in times.items():
-        if not seconds:
-            continue
+    arguments = dict(SCATTERS[figure])
+    copies = WORKERS if "broadcast" in arguments else 1
+    if copies == 1:
+        arguments["workers"] = [bed.workers[0]]
+    figures = (figure, "gather") if figure == FASTEST else (figure,)
+    times: dict[tuple[str, str], list[float]] = {(k, f): [] for f in figures for k in kinds}
+    sums = {kind: values.checksum(value) for kind, value in kinds.items()}
+    began = time.perf_counter()
+    for turn in range(1 + bed.settings.turns):
+        if turn > 3 and time.perf_counter() - began > ENOUGH:
+            break
+        for kind, value in kinds.items():
+            bed.make_room(2 + copies)
+            seconds, (future,) = timed(bed.client.scatter, [value], **arguments)
+            times[kind, figure] += [seconds] if turn else []
+            bed.check(future, sums[kind], copies)
+            if "gather" in figures:
+                bed.make_room(3)
+                seconds, back = timed(bed.client.gather, future)
+                values.equal(value, back)
+                del back
+                times[kind, "gather"] += [seconds] if turn else []
+            del future
+            bed.wait_until_empty()
+    for (kind, name), taken in times.items():
         equal = values.ALL if kind == peers.OURS else "arrays"
-        yield bed.row(kind, figure, seconds, equal=equal)
+        yield bed.row(kind, name, taken, equal=equal)
+
+
+def refused(bed: Bed) -> Iterator[Row]:
+    """Try to scatter without the package."""
+    assert bed.cluster
     with bed.off_everywhere():
         try:
             bed.client.scatter([bed.model], workers=[bed.workers[0]])
@@ -164,7 +174,7 @@ def tasks(bed: Bed) -> Iterator[Row]:
     """Map with a model for an argument."""
     assert bed.cluster
     for kind, value in bed.kinds.items():
-        yield from _map(bed, kind, value, bed.settings.tasks, bed.settings.turns)
+        yield from _map(bed, kind, value, bed.settings.tasks, min(3, bed.settings.turns))
 
 
 def without(bed: Bed) -> Iterator[Row]:
@@ -237,7 +247,8 @@ def submit(bed: Bed) -> Iterator[Row]:
 #: By the names in FIGURES; each takes a Bed.
 RUN: dict[str, Callable[[Bed], Iterator[Row]]] = {
     "ask": asked.ask,
-    "move": move,
+    **{name: functools.partial(move, figure=name) for name in SCATTERS},
+    "refused": refused,
     "tasks": tasks,
     "submit": submit,
     "without": without,

@@ -32,7 +32,7 @@ def spill(bed: Bed) -> Iterator[Row]:
         times: dict[tuple[str, str], list[float]] = {
             (kind, way): [] for way in ("spill", "back") for kind in bed.kinds
         }
-        digests = {kind: values.digest(value) for kind, value in bed.kinds.items()}
+        sums = {kind: values.checksum(value) for kind, value in bed.kinds.items()}
         turns = 1 + min(bed.settings.turns, 2 if bed.nbytes >= 512 << 20 else 5)
         for turn in range(turns):
             for kind, value in bed.kinds.items():
@@ -40,7 +40,7 @@ def spill(bed: Bed) -> Iterator[Row]:
                 arguments: dict[str, Any] = {"hash": False, "direct": True}
                 (future,) = bed.client.scatter([value], workers=[address], **arguments)
                 took = bed.client.run(_spill, future.key, workers=[address])[address]
-                bed.check(future, digests[kind], 1)
+                bed.check(future, sums[kind], 1)
                 for way, seconds in zip(("spill", "back"), took, strict=True):
                     times[kind, way] += [seconds] if turn else []
                 del future
