@@ -4,20 +4,22 @@
 #   make test BACKEND_EXTRA=jax          another backend: tensorflow, jax, torch
 #   make test-gpu BACKEND_EXTRA=jax      the same, on a machine with a GPU
 #   make test PYTEST_ARGS="-k frames"    anything for pytest
+#   make bench BENCH_ARGS=--quick        anything for benchmarks/bench.py
 
 PYTHON ?= python3
 VENV ?= .venv
 BACKEND_EXTRA ?= tensorflow-cpu
-EXTRAS ?= test,bench,dev,$(BACKEND_EXTRA)
+EXTRAS ?= test,dev,$(BACKEND_EXTRA)
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 MARKS ?= not slow and not programs and not gpu
 # files of tests run side by side: much of the time goes into processes that start; 0 for one by one
 TEST_PROCESSES ?= 2
 # a hang ends here; on a quiet machine the tests take well under twelve minutes
 TEST_SECONDS ?= 2400
 
-# the same for everybody who tests
-PINS := $(if $(filter torch together,$(BACKEND_EXTRA)),torch==2.13.0)
+# the same for everybody who tests and measures
+PINS := $(if $(filter torch together bench,$(BACKEND_EXTRA)),torch==2.13.0)
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(BACKEND_EXTRA)
@@ -73,14 +75,14 @@ test-together: ## run the tests of changing backend, in an environment with all 
 # what dask-ml asks for stays out of the other environments
 test-dask-ml: ## run the tests of dask-ml's searches, in an environment of its own
 	$(MAKE) test VENV=$(VENV)-dask-ml KERAS_BACKEND=tensorflow MARKS="not gpu" \
-	  EXTRAS=test,bench,dask-ml,tensorflow-cpu \
+	  EXTRAS=test,dask-ml,tensorflow-cpu \
 	  PYTEST_ARGS="tests/test_dask_ml.py tests/test_search.py tests/test_sklearn.py --timeout=600"
 
 # the processes of these tests share a GPU: none may take most of it at once
 test-gpu: export XLA_PYTHON_CLIENT_PREALLOCATE = false
 test-gpu: export TF_FORCE_GPU_ALLOW_GROWTH = true
 test-gpu: ## run the tests and the benchmark that need a GPU, in an environment of its own
-	$(MAKE) test BACKEND_EXTRA=$(GPU_EXTRA) VENV=$(GPU_VENV) EXTRAS=test,bench,$(GPU_EXTRA) \
+	$(MAKE) test BACKEND_EXTRA=$(GPU_EXTRA) VENV=$(GPU_VENV) EXTRAS=test,$(GPU_EXTRA) \
 	  MARKS=gpu TEST_PROCESSES=0
 	$(GPU_VENV)/bin/python benchmarks/gpu.py
 
@@ -99,8 +101,10 @@ format: $(INSTALLED) ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## measure against Keras's pickle, ten minutes; fills in README.md
-	$(BIN)/python benchmarks/serialize.py
+# what models are measured beside, ray for one, stays out of the other environments
+bench: ## measure beside what people use instead, in an environment of its own; fills in README.md
+	$(MAKE) install BACKEND_EXTRA=bench VENV=$(VENV)-bench EXTRAS=bench KERAS_BACKEND=tensorflow
+	$(VENV)-bench/bin/python benchmarks/bench.py $(BENCH_ARGS)
 
 fidelity: $(INSTALLED) ## compare every object after every route, and Keras's pickle; fills in docs/fidelity.md
 	PYTHONPATH=. $(BIN)/python benchmarks/fidelity.py

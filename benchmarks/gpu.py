@@ -185,7 +185,7 @@ def main() -> None:
     gpus = devices.current().gpus()
     if not gpus:
         sys.exit(f"no GPU that Keras's backend {NAME!r} can use")
-    settings = cases.Settings(dense_side=arguments.side)
+    settings = cases.Settings(dense_bytes=4 * arguments.side**2)
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     said = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
     cards = said.strip().splitlines()

@@ -1,201 +1,295 @@
-"""Who is measured: each peer dumps a model and loads it again, in its own process.
+"""Who is measured in one process: each peer dumps a value and loads it again.
 
-A peer turns a model into one blob and a list of buffers, and those back into a model.
-Between the two, every buffer is copied to memory of its own, as a comm delivers it,
-and the sender's is dropped; that copy is not timed (``scatter`` times the whole way).
-Every process first takes a tiny model both ways, then the real one if it is measured
-more than once. Memory is read in a repetition of its own, whose times do not count,
-because giving free memory back to the system first makes the next allocation slower;
-only where there is a single repetition does it give both. Memory that a peer may need
-is touched beforehand, see ``cases.touch``.
+A peer turns a model into a blob and a list of buffers, and those back into a model.
+Between the two every buffer is copied to memory of its own, as a comm delivers it. What
+the peers claim differs, and so what is compared: a peer that brings back the weights alone
+fails with a model that has an optimizer.
 
-Memory is the process's peak resident size over where it stood when the clock started
-(``VmHWM``, reset through ``/proc/self/clear_refs``; None where that is missing). Extra
-is what is over the weights themselves: out, over the model; in, over one copy of them,
-so that received bytes and a model beside them make 100 %.
+Peers of one group share a process (``processes``), one model and its memory, so that
+their ratios are of the same memory at the same time; groups keep apart what would get in
+each other's way: scikeras and ray change pickle for a whole process.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
+import contextlib
+import io
+import json
 import pickle
-import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
-from pathlib import Path
+import shutil
+import tempfile
 from typing import Any
 
 import cases
 import numpy as np
+import values
 
 OURS = "dask-keras-serialize"
 OURS_PICKLE = "pickle 5, out of band"
 KERAS = "Keras's pickle"
+SCIKERAS = "scikeras's pickle"
+OLD = "distributed's old handler, repaired"
+SAFETENSORS = "safetensors and config"
+TORCH = "torch Module of the same bytes"
+RAY = "ray, with this package"
+RAY_KERAS = "ray, Keras's pickle"
+CONFIG = "Keras's config alone"
+ARRAYS = "numpy arrays"
 MEMCPY = "memcpy"
 
-#: In the order of the tables.
-PEERS = (OURS, OURS_PICKLE, KERAS, MEMCPY)
-
-#: Get one repetition of the dense model, see ``cases.Settings.repetitions_of``.
-SLOW = (KERAS,)
-
-#: How many times the weights a peer is given of memory that is ready to use.
-ROOM = {OURS: 2, OURS_PICKLE: 2, KERAS: 7, MEMCPY: 2}
-
 Wire = tuple[Any, list[Any]]
-Dump = Callable[[Any], Wire]
-Load = Callable[[Any, list[Any]], Any]
 
 
-def _ours() -> tuple[Dump, Load]:
-    """Dask's family of serializers: what scatter, gather and spill call."""
-    import keras
-    import msgpack
-    from distributed.protocol import dask_deserialize, dask_serialize
+class Peer:
+    """One way to turn a model into bytes and back.
 
-    import dask_keras_serialize
+    Attributes
+    ----------
+    name : str
+    registered : bool
+        Whether this package is, while the peer is at work.
+    room : float
+        Memory it may need over the model, in models; a guess from above.
+    only : tuple of str
+        The workloads it is measured on, if not on all: it says the same of others as its
+        likes do, and takes long.
+    """
 
-    dask_keras_serialize.register()
+    name = OURS
+    registered = True
+    room = 2.0
+    only: tuple[str, ...] = ()
 
-    def dump(model: Any) -> Wire:
-        header, frames = dask_serialize(model)
-        return msgpack.packb(header, use_bin_type=True), frames
+    def open(self) -> None:
+        """Import and start what is needed, once in a process."""
 
-    def load(blob: Any, buffers: list[Any]) -> Any:
-        header = msgpack.unpackb(blob, use_list=False)
-        return dask_deserialize.dispatch(keras.Model)(header, buffers)
+    def close(self) -> None:
+        """End what `open` started."""
 
-    return dump, load
+    def source(self, model: Any) -> Any:
+        """Return the value that is dumped for a model."""
+        return model
+
+    def dump(self, source: Any) -> Wire:
+        """Turn the source into a blob and buffers; timed."""
+        raise NotImplementedError
+
+    def deliver(self, blob: Any, buffers: list[Any]) -> Wire:
+        """Copy to fresh, writeable memory, allocated as distributed's TCP comm does."""
+        from distributed.comm import tcp
+
+        arrived = []
+        for buffer in (blob, *buffers):
+            arrived.append(tcp.host_array(memoryview(buffer).nbytes))
+            arrived[-1][:] = memoryview(buffer).cast("B")
+        return arrived[0], arrived[1:]
+
+    def load(self, blob: Any, buffers: list[Any]) -> Any:
+        """Turn what was delivered into a value; timed."""
+        raise NotImplementedError
+
+    def equal(self, source: Any, got: Any) -> str:
+        """Say what of the value came back; ValueError if that is not what is claimed."""
+        return values.equal(source, got)
+
+    def wire_bytes(self, blob: Any, buffers: list[Any]) -> int | None:
+        """Count the bytes between dump and load."""
+        return sum(memoryview(part).nbytes for part in (blob, *buffers))
+
+    def views(self, source: Any) -> list[values.Array]:
+        """List the arrays whose addresses tell what is copied."""
+        return values.arrays(source)
 
 
-def _ours_pickle() -> tuple[Dump, Load]:
-    """Pickle with the package registered: what a task graph takes."""
-    import dask_keras_serialize
+class Dask(Peer):
+    """Dask's own way to serialize a value, whoever handles it."""
 
-    dask_keras_serialize.register()
+    def dump(self, source: Any) -> Wire:
+        import msgpack
+        from distributed.protocol import serialize
 
-    def dump(model: Any) -> Wire:
+        header, frames = serialize(source)
+        return msgpack.packb(header, use_bin_type=True), list(frames)
+
+    def load(self, blob: Any, buffers: list[Any]) -> Any:
+        import msgpack
+        from distributed.protocol import deserialize
+
+        return deserialize(msgpack.unpackb(blob, use_list=False, strict_map_key=False), buffers)
+
+
+class Pickle(Peer):
+    """Pickle, with buffers out of band where a value has any."""
+
+    name = OURS_PICKLE
+
+    def dump(self, source: Any) -> Wire:
         buffers: list[Any] = []
-        blob = pickle.dumps(model, protocol=5, buffer_callback=buffers.append)
+        blob = pickle.dumps(source, protocol=5, buffer_callback=buffers.append)
         return blob, [buffer.raw() for buffer in buffers]
 
-    return dump, lambda blob, buffers: pickle.loads(blob, buffers=buffers)
+    def load(self, blob: Any, buffers: list[Any]) -> Any:
+        return pickle.loads(blob, buffers=buffers)
 
 
-def _keras() -> tuple[Dump, Load]:
-    """Keras's own ``__reduce__``, with the package out of the way."""
-    import keras
+class Keras(Peer):
+    """Keras's own ``__reduce__``, with this package out of the way."""
 
-    import dask_keras_serialize
+    name = KERAS
+    registered = False
+    room = 8.0
 
-    dask_keras_serialize.unregister()
-    if "__reduce_ex__" in vars(keras.Model):
-        raise RuntimeError("keras.Model still has a reducer that is not Keras's")
+    def dump(self, source: Any) -> Wire:
+        return pickle.dumps(source, protocol=5), []
 
-    return lambda model: (pickle.dumps(model, protocol=5), []), lambda blob, _: pickle.loads(blob)
-
-
-def _memcpy(model: Any) -> tuple[Dump, Load]:
-    """Copy the same bytes once each way: the limit of whoever has to copy."""
-    arrays = cases.weights(model)
-
-    def load(_: Any, buffers: list[Any]) -> list[cases.Array]:
-        pairs = zip(arrays, buffers, strict=True)
-        return [np.array(b, np.uint8).view(a.dtype).reshape(a.shape) for a, b in pairs]
-
-    return lambda _: (b"", [np.array(a) for a in arrays]), load
+    def load(self, blob: Any, buffers: list[Any]) -> Any:
+        return pickle.loads(blob)
 
 
-def _peer(name: str, model: Any) -> tuple[Dump, Load]:
-    if name == MEMCPY:
-        return _memcpy(model)
-    return {OURS: _ours, OURS_PICKLE: _ours_pickle, KERAS: _keras}[name]()
+class Scikeras(Keras):
+    """Scikeras's ``__reduce__``, which importing it puts in the place of Keras's."""
+
+    name = SCIKERAS
+    only = (cases.RESNET, cases.RESNET_ADAM, cases.TINY, cases.DENSE)
+
+    def open(self) -> None:
+        import keras
+        import scikeras  # noqa: F401
+
+        if "scikeras" not in keras.Model.__reduce__.__module__:
+            raise RuntimeError("keras.Model is not pickled by scikeras")
 
 
-def serve(connection: Connection, settings: cases.Settings, workload: str, name: str) -> None:
-    """Measure one peer on one workload, a repetition at each request.
+class Old(Dask):
+    """distributed/protocol/keras.py, which fails since Keras 3, with its calls mended.
 
-    Parameters
-    ----------
-    connection : Connection
-        Sends what the rows of this process have in common; then receives, again and
-        again, whether to read memory, and sends a repetition; ends at None.
-    settings : Settings
-    workload, name : str
-        One of ``cases.WORKLOADS`` and one of ``PEERS``.
+    It sends the config without what ``compile`` did, and what ``get_weights`` gives.
     """
-    model = cases.build(workload, settings)
-    arrays = cases.weights(model)
-    expected, nbytes = cases.digest(arrays), sum(array.nbytes for array in arrays)
-    del arrays
-    small = cases.tiny()
-    dump, load = _peer(name, small)
-    load(*_deliver(*dump(small)))
-    dump, load = _peer(name, model)
-    connection.send({"weights_bytes": nbytes, **cases.environment()})
-    while (memory := connection.recv()) is not None:
-        room = ROOM[name] * nbytes
-        connection.send(_repeat(dump, load, model, expected, nbytes, room, memory))
+
+    name = OLD
+    registered = False
+    room = 4.0
+
+    def dump(self, source: Any) -> Wire:
+        import keras
+
+        config = keras.saving.serialize_keras_object(source)
+        config.pop("compile_config", None)
+        blob, frames = super().dump(source.get_weights())
+        return json.dumps([config, blob.hex()]).encode(), frames
+
+    def load(self, blob: Any, buffers: list[Any]) -> Any:
+        import keras
+
+        config, header = json.loads(bytes(blob))
+        arrays = super().load(bytes.fromhex(header), buffers)
+        model = keras.saving.deserialize_keras_object(config)
+        model.set_weights(arrays)
+        return model
 
 
-def _repeat(
-    dump: Dump, load: Load, model: Any, expected: str, nbytes: int, room: int, memory: bool
-) -> dict[str, Any]:
-    before = start(room, memory)
-    began = time.perf_counter()
-    blob, buffers = dump(model)
-    seconds_out = time.perf_counter() - began
-    extra_out = extra(memory, before)
-    wire = [memoryview(part).nbytes for part in (blob, *buffers)]
+class Safetensors(Peer):
+    """Keras's config beside all variables in a safetensors blob, by hand."""
 
-    blob, buffers = _deliver(blob, buffers)
-    before = start(room, memory)
-    began = time.perf_counter()
-    copy = load(blob, buffers)
-    seconds_in = time.perf_counter() - began
-    extra_in = extra(memory, before - sum(wire) + nbytes)
-    del blob, buffers
-    if cases.digest(copy) != expected:
-        raise RuntimeError("what came back is not what was sent")
-    common = {"wire_bytes": sum(wire), "buffers": len(wire) - 1}
-    return {
-        "out": {"seconds": seconds_out, "extra_bytes": extra_out, **common},
-        "in": {"seconds": seconds_in, "extra_bytes": extra_in, **common},
-    }
+    name = SAFETENSORS
+    registered = False
+    room = 5.0
 
+    def dump(self, source: Any) -> Wire:
+        import keras
+        from safetensors.numpy import save
 
-def _deliver(blob: Any, buffers: list[Any]) -> Wire:
-    """Copy to fresh, writeable memory, allocated as distributed's TCP comm does."""
-    from distributed.comm import tcp
+        config = keras.saving.serialize_keras_object(source)
+        arrays = {str(i): each.numpy() for i, each in enumerate(values.variables(source))}
+        return json.dumps(config).encode(), [save(arrays)]
 
-    arrived = []
-    for buffer in (blob, *buffers):
-        arrived.append(tcp.host_array(memoryview(buffer).nbytes))
-        arrived[-1][:] = memoryview(buffer).cast("B")
-    return arrived[0], arrived[1:]
+    def load(self, blob: Any, buffers: list[Any]) -> Any:
+        import keras
+        from safetensors.numpy import load
+
+        model = keras.saving.deserialize_keras_object(json.loads(bytes(blob)))
+        arrays = load(bytes(buffers[0]))
+        for i, variable in enumerate(values.variables(model)):
+            variable.assign(arrays[str(i)])
+        return model
 
 
-def start(room: int, memory: bool) -> int:
-    """Collect garbage, make room; to read memory, trim, reset the peak, return the size."""
-    gc.collect()
-    cases.touch(room)
-    if not memory or not Path("/proc/self/clear_refs").exists():
-        return 0
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+class Torch(Dask):
+    """A torch Module that holds a parameter for each variable, by Dask's handlers."""
+
+    name = TORCH
+    room = 3.0
+
+    def source(self, model: Any) -> Any:
+        import torch
+
+        module = torch.nn.Module()
+        for i, array in enumerate(values.arrays(model)):
+            half = "bfloat16" in str(array.dtype)
+            tensor = torch.from_numpy(np.array(array.view(np.int16) if half else array))
+            tensor = tensor.view(torch.bfloat16) if half else tensor
+            learns = tensor.dtype.is_floating_point
+            module.register_parameter(f"p{i}", torch.nn.Parameter(tensor, requires_grad=learns))
+        return module
 
 
-def extra(memory: bool, before: int) -> int | None:
-    """Return how far the peak went above a size; None where it is not read."""
-    if not memory or not Path("/proc/self/clear_refs").exists():
+class Ray(Peer):
+    """``ray.put`` and ``ray.get``: into ray's store of shared memory, and out of it."""
+
+    name = RAY
+    room = 4.0
+    only = (cases.RESNET, cases.BERT, cases.TINY, cases.DENSE)
+
+    def open(self) -> None:
+        import logging
+
+        import psutil
+        import ray
+
+        if ray.is_initialized():
+            return
+        Ray.folder = tempfile.mkdtemp(prefix="ray-")
+        store = min(6 << 30, psutil.virtual_memory().available // 3)
+        with contextlib.redirect_stderr(io.StringIO()):
+            ray.init(
+                num_cpus=1,
+                object_store_memory=store,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=Ray.folder,
+            )
+
+    def close(self) -> None:
+        import ray
+
+        if ray.is_initialized():
+            ray.shutdown()
+            shutil.rmtree(Ray.folder, ignore_errors=True)
+
+    def dump(self, source: Any) -> Wire:
+        import ray
+
+        return ray.put(source), []
+
+    def deliver(self, blob: Any, buffers: list[Any]) -> Wire:
+        return blob, buffers  # ray has it
+
+    def load(self, blob: Any, buffers: list[Any]) -> Any:
+        import ray
+
+        return ray.get(blob)
+
+    def wire_bytes(self, blob: Any, buffers: list[Any]) -> None:
         return None
-    return _status("VmHWM") - before
 
 
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
+class RayKeras(Ray):
+    name = RAY_KERAS
+    registered = False
+    room = 8.0
+    only = (cases.RESNET, cases.DENSE)
+
+
+class Ours(Dask):
+    """Dask's family of serializers: what scatter, gather and spill call."""

@@ -1,229 +1,243 @@
-"""Rows -> ratios, tables and the picture. Reads rows only, so it can run on old JSON."""
+"""Rows -> ratios, targets and tables. Reads results only, so it can run on old JSON.
+
+Results are ``{"head": ..., "rows": [...]}``. A row is of one workload, peer, figure and
+backend, and of one abscissa if it belongs to a curve; it has seconds, or the reason why
+there are none. Ratios are of medians of one run: they hold from machine to machine,
+seconds do not.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import cases
 import peers
-import scatter
+import scale
 
 Row = dict[str, Any]
 
-#: What the project set out to reach: workload, direction, field, at least or at most.
-TARGETS = (
-    ("dense, 1 GiB", "out", "ratio", 300.0),
-    ("dense, 1 GiB", "in", "ratio", 100.0),
-    ("dense, 1 GiB", "out", "extra", 0.02),
-    (cases.RESNET, "out", "ratio", 10.0),
-    (cases.RESNET, "in", "ratio", 4.0),
-)
+_DENSE = "dense, 1 GiB"
 
 
-def add_ratios(rows: list[Row]) -> None:
-    """Add, in place, each row's ratio to its rival of the same run.
+@dataclass(frozen=True)
+class Target:
+    """What the project set out to reach, in one figure.
 
-    Parameters
+    Attributes
     ----------
-    rows : list of dict
-        Gain ``rival``, and ``ratio`` and ``ratio_of_minima``: the rival's median (or
-        minimum) over the row's. Out and in, the rival is Keras's pickle: more is
-        better. In a scatter it is the list of arrays: 1 is as fast as arrays are.
+    workload, figure : str
+    kind : {"times as fast", "times the time", "extra"}
+        "times as fast" as the other, at least; "times the time" of the other, at most;
+        extra memory over the weights, at most.
+    bound : float
+    other : str
+        A peer.
+    backend : str
     """
-    for row in rows:
-        scattered = row["direction"] == "scatter"
-        name = scatter.ARRAYS if scattered else peers.KERAS
-        rival = find(rows, row["workload"], name, row["direction"], row.get("variant"))
-        if rival is not None:
-            row["rival"] = name
-            row["ratio"] = rival["median"] / row["median"]
-            row["ratio_of_minima"] = rival["minimum"] / row["minimum"]
+
+    workload: str
+    figure: str
+    kind: str
+    bound: float
+    other: str = peers.KERAS
+    backend: str = "tensorflow"
+
+
+#: The last two lines are "at least as good on JAX and torch".
+TARGETS = (
+    Target(_DENSE, "out", "times as fast", 500),
+    Target(_DENSE, "out", "extra", 0.01),
+    Target(cases.RESNET, "out", "times as fast", 25),
+    *(
+        Target(workload, "out", "times the time", 1.5, peers.CONFIG)
+        for workload in (cases.RESNET, cases.RESNET_ADAM, cases.EFFICIENTNET)
+    ),
+    Target(_DENSE, "in", "times as fast", 100),
+    Target(_DENSE, "in", "extra", 1.0),
+    Target(cases.LAYERS, "in", "times the time", 1.3, peers.CONFIG),
+    *(
+        Target(_DENSE, figure, "times the time", 1.1, peers.ARRAYS)
+        for figure in (
+            "scatter", "scatter, hash=False", "scatter, direct, hash=False", "gather",
+            "broadcast to 4",
+        )
+    ),
+    Target(cases.RESNET, "tokenize", "times the time", 2, peers.ARRAYS),
+    Target(_DENSE, "tokenize", "times the time", 2, peers.ARRAYS),
+    Target(cases.RESNET, "deepcopy", "times as fast", 5),
+    *(
+        Target(workload, "in", "times as fast", bound, backend=backend)
+        for backend in ("tensorflow", "jax", "torch")
+        for workload, bound in (
+            (cases.RESNET, 6), (cases.RESNET_ADAM, 8), (cases.EFFICIENTNET, 4),
+        )
+    ),
+)  # fmt: skip
+
+
+def limit_of(row: Row) -> str:
+    """Name the peer that a row is held against where machines differ.
+
+    Out and in of a model that is mostly layers it is the walk of the config; of one that
+    is mostly bytes, memcpy; everywhere else the same bytes as arrays.
+    """
+    if row["figure"] in ("out", "in") and not row.get("curve"):
+        large = (row.get("weights_bytes") or 0) >= 200 << 20 and "dense" in row["workload"]
+        return peers.MEMCPY if large else peers.CONFIG
+    return peers.ARRAYS
 
 
 def find(
-    rows: list[Row], workload: str, peer: str, direction: str, variant: str | None = None
+    rows: list[Row],
+    workload: str,
+    peer: str,
+    figure: str,
+    backend: str | None = None,
+    x: int | None = None,
 ) -> Row | None:
-    """Return the one row of a workload, peer, direction and variant, or None."""
-    wanted = (workload, peer, direction, variant)
+    """Return the one row that says so, whether measured or failed, or None."""
     for row in rows:
-        if wanted == (row["workload"], row["peer"], row["direction"], row.get("variant")):
+        if (row["workload"], row["peer"], row["figure"]) == (workload, peer, figure) and (
+            backend in (None, row.get("backend")) and x == row.get("x")
+        ):
             return row
     return None
 
 
-def text(rows: list[Row]) -> str:
-    """Return every row in aligned columns: medians, minima, ratios, extra memory."""
-    heads = ("workload", "peer", "way", "median", "minimum", "reps", "ratio", "extra memory")
-    body = [
-        (
-            row["workload"],
-            row["peer"],
-            f"{row['direction']} {row.get('variant', '')}".strip(),
-            _seconds(row["median"]),
-            _seconds(row["minimum"]),
-            str(len(row["seconds"])),
-            f"{row['ratio']:.2f}" if "ratio" in row else "",
-            _extra(row),
-        )
-        for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(heads, *body, strict=True)]
-    lines = []
-    for line in (heads, *body):
-        cells = [cell.ljust(w) for cell, w in zip(line[:3], widths[:3], strict=True)]
-        cells += [cell.rjust(w) for cell, w in zip(line[3:], widths[3:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+def ratio(rows: list[Row], row: Row, other: str, field: str = "median") -> float | None:
+    """Divide a row's time by that of another peer for the same; None without either."""
+    them = find(rows, row["workload"], other, row["figure"], row.get("backend"), row.get("x"))
+    if them is None or field not in them or field not in row or not them[field]:
+        return None
+    return float(row[field] / them[field])
 
 
-def markdown(rows: list[Row]) -> str:
-    """Return the tables for the README: medians, and ratios in bold."""
-    ways = ["| model | by | out | in | extra memory, out | in |", "|:--|:--|--:|--:|--:|--:|"]
-    scatters = [
-        "| `client.scatter` | model | list of arrays | model / arrays |",
-        "|:--|--:|--:|--:|",
-    ]
-    for row in rows:
-        if row["direction"] == "out":
-            back = find(rows, row["workload"], row["peer"], "in")
-            assert back is not None
-            times = [_with_ratio(each) for each in (row, back)]
-            cells = [row["workload"], row["peer"], *times, _extra(row), _extra(back)]
-            ways.append(f"| {' | '.join(cells)} |")
-        elif row["peer"] == scatter.MODEL:
-            variant = row["variant"]
-            arrays = find(rows, row["workload"], scatter.ARRAYS, "scatter", variant)
-            assert arrays is not None
-            cells = [f"{row['workload']}, {variant}", _seconds(row["median"])]
-            cells += [_seconds(arrays["median"]), f"**{row['median'] / arrays['median']:.2f}**"]
-            scatters.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*ways, "", *scatters])
-
-
-def fill(page: str, rows: list[Row]) -> str:
-    """Return a page with the tables, and what they were measured on, between its marks."""
-    begin, end = "<!-- table:begin -->", "<!-- table:end -->"
-    before, after = page.split(begin)[0], page.split(end)[1]
-    return f"{before}{begin}\n{markdown(rows)}\n\n{_measured_on(rows[0])}\n{end}{after}"
-
-
-def _measured_on(row: Row) -> str:
-    machine, versions = row["machine"], row["versions"]
-    names = [f"{name} {version}" for name, version in versions.items() if "dask-" not in name]
-    return (
-        f"{machine['system']} {machine['architecture']}, {machine['cores']} cores, "
-        f"{machine['memory-gib']} GiB; {', '.join(names)}."
-    )
-
-
-def targets(rows: list[Row]) -> str:
-    """Say of each target whether this run met it."""
-    lines = []
-    for workload, direction, field, target in TARGETS:
-        row = find(rows, workload, peers.OURS, direction)
-        if row is None or (field == "extra" and row["extra_bytes"] is None):
-            lines.append(f"not measured: {workload} {direction}, {field}")
-        elif field == "extra":
-            share = row["extra_bytes"] / row["weights_bytes"]
-            met = "met" if share <= target else "MISSED"
-            lines.append(
-                f"{met}: {workload} {direction}, extra memory {share:.2%}, target {target:.0%}"
-            )
-        else:
-            met = "met" if row["ratio"] >= target else "MISSED"
-            lines.append(
-                f"{met}: {workload} {direction}, {row['ratio']:.1f}x Keras's pickle, "
-                f"target {target:.0f}x"
-            )
-    return "\n".join(lines)
-
-
-def draw(rows: list[Row], path: Path) -> None:
-    """Draw the speed-up over Keras's pickle, and the scatter, as an SVG.
+def judge(rows: list[Row]) -> list[tuple[str, str]]:
+    """Say of each target whether these rows meet it.
 
     Parameters
     ----------
     rows : list of dict
-        With ratios.
-    path : Path
-        Its folder is made if missing; the same rows give the same bytes.
+
+    Returns
+    -------
+    list of tuple of str
+        "met", "MISSED" or "not measured", and the figure beside the target.
     """
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "serialize"
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(3, 2))
-    workloads = list(dict.fromkeys(row["workload"] for row in rows))
-    _bars(
-        left,
-        [f"{workload}\n{way}" for workload in workloads for way in ("out", "in")],
-        {
-            name: [
-                _median(rows, workload, name, way)
-                for workload in workloads
-                for way in ("out", "in")
-            ]
-            for name in (peers.OURS, peers.OURS_PICKLE, peers.KERAS)
-        },
-        ("#0b5394", "#6fa8dc", "#b7b7b7"),
-    )
-    left.set_title("Serialize (out) and deserialize (in)", fontsize=10, pad=22)
-    variants = ("hash=False", "default")
-    scattered = [w for w in workloads if find(rows, w, scatter.MODEL, "scatter", "default")]
-    _bars(
-        right,
-        [f"{workload}\n{variant}" for workload in scattered for variant in variants],
-        {
-            name: [_median(rows, w, name, "scatter", v) for w in scattered for v in variants]
-            for name in scatter.VALUES
-        },
-        ("#0b5394", "#93c47d"),
-    )
-    right.set_title("client.scatter to another process", fontsize=10, pad=22)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+    verdicts = []
+    for target in TARGETS:
+        where = f"{target.workload}, {target.figure}"
+        if target.backend != "tensorflow":
+            where += f", {target.backend}"
+        row = find(rows, target.workload, peers.OURS, target.figure, target.backend)
+        got = None if row is None else _reached(rows, row, target)
+        if got is None:
+            verdicts.append(("not measured", where))
+            continue
+        if target.kind == "extra":
+            met, text = got <= target.bound, f"extra memory {got:.2%}, at most {target.bound:.0%}"
+        elif target.kind == "times as fast":
+            met = got >= target.bound
+            text = f"{got:.3g} times as fast as {target.other}, at least {target.bound:g}"
+        else:
+            met = got <= target.bound
+            text = f"{got:.3g} times the time of {target.other}, at most {target.bound:g}"
+        verdicts.append(("met" if met else "MISSED", f"{where}: {text}"))
+    return verdicts
 
 
-def _bars(axes: Any, labels: list[str], groups: dict[str, list[float]], colors: Any) -> None:
-    height = 0.8 / len(groups)
-    longest = max(max(values) for values in groups.values())
-    for i, (name, values) in enumerate(groups.items()):
-        places = [k + (i - (len(groups) - 1) / 2) * height for k in range(len(values))]
-        axes.barh(places, values, height=height * 0.92, color=colors[i], label=name)
-        for place, value in zip(places, values, strict=True):
-            axes.text(value * 1.12, place, _seconds(value), va="center", fontsize=6.5)
-    axes.set_xscale("log")
-    axes.set_xlim(right=longest * 6)
-    axes.set_yticks(range(len(labels)), labels, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("median time, seconds (log scale)", fontsize=8)
-    axes.tick_params(axis="x", labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(
-        fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(groups)
-    )
+def _reached(rows: list[Row], row: Row, target: Target) -> float | None:
+    if target.kind == "extra":
+        extra = row.get("extra_bytes")
+        return None if extra is None else extra / row["weights_bytes"]
+    got = ratio(rows, row, target.other)
+    if got is None:
+        return None
+    return 1 / got if target.kind == "times as fast" else got
 
 
-def _median(rows: list[Row], *wanted: str) -> float:
-    row = find(rows, *wanted)
-    return float("nan") if row is None else float(row["median"])
+def slopes(rows: list[Row]) -> list[Row]:
+    """Fit a slope to each curve; see ``scale.slope``."""
+    curves: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    for row in rows:
+        if row.get("curve") and "minimum" in row:
+            key = (row["curve"], row["figure"], row["peer"])
+            curves.setdefault(key, []).append((row["x"], row["minimum"]))
+    found = []
+    for (curve, figure, peer), points in curves.items():
+        value = scale.slope(points)
+        if value is not None:
+            found.append(
+                {"curve": curve, "figure": figure, "peer": peer, "slope": value}
+                | {"steep": value > scale.STEEP, "end": max(points)}
+            )
+    return found
 
 
-def _with_ratio(row: Row) -> str:
-    if row["peer"] == peers.KERAS:
-        return _seconds(row["median"])
-    return f"{_seconds(row['median'])} (**{row['ratio']:.{1 if row['ratio'] < 100 else 0}f}x**)"
+def text(results: Row) -> str:
+    """Return every row in aligned columns, slopes, and the targets."""
+    rows = results["rows"]
+    heads = ("workload", "peer", "figure", "backend", "median", "minimum", "reps", "of limit", "")
+    body = []
+    for row in rows:
+        x = f", {row['x']:,}" if row.get("curve") else ""
+        start = (row["workload"] + x, row["peer"], row["figure"], row.get("backend") or "")
+        if "failed" in row:
+            body.append((*start, "", "", "", "", f"failed: {row['failed']}"))
+            continue
+        of_limit = ratio(rows, row, limit_of(row))
+        body.append(
+            (
+                *start, seconds(row["median"]), seconds(row["minimum"]),
+                str(len(row["seconds"])), "" if of_limit is None else f"{of_limit:.3g}",
+                _details(row),
+            )
+        )  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(heads, *body, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(w) if 4 <= i < 8 else cell.ljust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in (heads, *body)
+    ]
+    lines += ["", *(_slope_line(each) for each in slopes(rows))]
+    lines += ["", *(f"{verdict}: {what}" for verdict, what in judge(rows))]
+    return "\n".join(lines)
 
 
-def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.{0 if value >= 0.01 else 1}f} ms"
+def _slope_line(each: Row) -> str:
+    steep = ", steeper than linear" if each["steep"] else ""
+    what = f"{each['figure']} against {each['curve']}, {each['peer']}"
+    return f"slope {each['slope']:5.2f}  {what}{steep}"
 
 
-def _extra(row: Row) -> str:
-    if row.get("extra_bytes") is None:
+def _details(row: Row) -> str:
+    said = [
+        f"{name.removesuffix('_bytes')} {share(row, name)}"
+        for name in ("extra_bytes", "copied_bytes", "wire_bytes")
+        if row.get(name) is not None
+    ]
+    for name in ("scheduler_bytes", "scheduler_peak_bytes", "answer"):
+        if name in row:
+            said.append(f"{name.removesuffix('_bytes')} {cases.readable(row[name])}")
+    return ", ".join([*said, *([row["equal"]] if "equal" in row else [])])
+
+
+def share(row: Row, field: str) -> str:
+    """Write bytes as a part of the weights; of small ones as they are."""
+    if row.get(field) is None:
         return ""
-    return f"{row['extra_bytes'] / row['weights_bytes']:.1%}"
+    if row["weights_bytes"] < 1 << 20:
+        return cases.readable(max(0, row[field]))
+    return f"{max(0, row[field]) / row['weights_bytes']:.1%}"
+
+
+def seconds(value: float) -> str:
+    """Write seconds for people."""
+    if value >= 1:
+        return f"{value:.2f} s"
+    if value >= 0.001:
+        return f"{value * 1000:.{0 if value >= 0.01 else 1}f} ms"
+    return f"{value * 1e6:.{0 if value >= 1e-5 else 1}f} us"
