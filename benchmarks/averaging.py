@@ -20,6 +20,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import cases
 import numpy as np
+import values
 
 SEED = 20260
 
@@ -58,7 +59,7 @@ def main() -> None:
         for way, run in (("fit_rounds", _rounds), ("whole models", _whole)):
             model.set_weights(start)
             seconds = run(client, model, parts, options.rounds)
-            if cases.digest(model.get_weights()) != expected:
+            if values.digest(model.get_weights()) != expected:
                 raise RuntimeError(f"{way}: the mean is another one than here")
             rows.append(
                 {
@@ -101,7 +102,7 @@ def _expected(start: list[Any], rounds: int) -> str:
     for _ in range(rounds):
         trained = [last + np.float32(number + 1) for number in range(2)]
         last = np.mean([each.astype("float64") for each in trained], axis=0).astype("float32")
-    return cases.digest([*start[:-1], last])
+    return values.digest([*start[:-1], last])
 
 
 def _part(number: int) -> tuple[int, Any]:

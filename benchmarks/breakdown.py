@@ -77,6 +77,7 @@ def main() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import cases
     import keras
+    import values
 
     from dask_keras_serialize import frames, templates
     from dask_keras_serialize.protocol import decode, encode
@@ -96,7 +97,7 @@ def main() -> None:
         with clock.part(rest):
             result = act()
         whole[way].append(time.perf_counter() - began)
-        if way != "out" and cases.digest(result) != cases.digest(model):
+        if way != "out" and values.digest(result) != values.digest(model):
             raise RuntimeError("what came back is not what was sent")
         return result
 
