@@ -201,17 +201,17 @@ class _Bench:
     def _turns(self, figure: str, model: Any, run: Callable[[Any], float]) -> Iterator[Row]:
         """Measure something of a model and of its arrays, in turns."""
         kinds = {peers.OURS: model, peers.ARRAYS: values.weights(model)}
-        times: dict[str, list[float]] = {kind: [] for kind in kinds}
-        spent = 0.0
+        times: dict[str, list[float]] = {}
         for turn in range(1 + self.settings.turns):
             for kind, value in kinds.items():
-                if turn > 1 and spent > 2 * self.settings.seconds:
+                if sum(times.get(kind, ())) > self.settings.seconds:
                     continue
                 gc.collect()
                 cases.touch(3 * values.nbytes(model))
                 seconds = run(value)
-                spent += seconds
-                times[kind] += [seconds] if turn else []
+                if turn == 1:  # the first was warm-up, unless it took so long that it is all
+                    times[kind] = []
+                times.setdefault(kind, []).append(seconds)
         for kind, seconds in times.items():
             row = {"peer": kind, "figure": figure, "weights_bytes": values.nbytes(model)}
             yield row | {"equal": "arrived"} | meter.times(seconds)
