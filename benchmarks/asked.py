@@ -45,7 +45,7 @@ def deepcopies(bed: Bed) -> Iterator[Row]:
     """Copy a model, arrays, and a model by Keras's way, in turn."""
     times: dict[str, list[float]] = {}
     equal = {}
-    slow = 1 if bed.nbytes >= 512 << 20 else 3
+    slow = 0 if bed.nbytes >= 512 << 20 else 2
     for turn in range(bed.settings.turns):
         for kind in (*bed.kinds, peers.KERAS):
             if kind == peers.KERAS and turn >= slow:

@@ -17,6 +17,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,11 @@ def main() -> None:
     whole = not (options.quick or asked or tuple(options.only) != SECTIONS)
     if whole:
         options.json, options.images = options.json or RESULTS, options.images or IMAGES
-    rows = measure(settings, options.only)
-    results = {"head": head(settings), "rows": rows}
+    results: dict[str, Any] = {"head": head(settings), "rows": []}
+    for rows in measure(settings, options.only):
+        results["rows"] += rows
+        if options.json and not whole:  # what there is, should the rest fail
+            write(results, options.json)
     if options.json:
         write(results, options.json)
     print(report.text(results))
@@ -67,18 +71,16 @@ def main() -> None:
             page.write_text(pages.fill(page.read_text(), results, tables))
 
 
-def measure(settings: cases.Settings, sections: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Measure sections; return their rows."""
-    rows = []
+def measure(settings: cases.Settings, sections: tuple[str, ...]) -> Iterator[list[dict[str, Any]]]:
+    """Measure sections; yield the rows of each."""
     with processes.progress() as say:
         if "peers" in sections:
             for backend in settings.backends:
-                rows += processes.measure(settings, backend, say)
+                yield processes.measure(settings, backend, say)
         if "cluster" in sections:
-            rows += cluster.measure(settings, say)
+            yield cluster.measure(settings, say)
         if "scale" in sections:
-            rows += scale.measure(settings, say)
-    return rows
+            yield scale.measure(settings, say)
 
 
 def head(settings: cases.Settings) -> dict[str, Any]:

@@ -48,7 +48,7 @@ ENOUGH = 20.0
 
 #: Figures, in the order of the tables, and the workloads that they are measured on.
 FIGURES: dict[str, tuple[str, ...]] = {
-    "ask": (cases.RESNET, cases.RESNET_ADAM, cases.DENSE),
+    "ask": (cases.RESNET, cases.DENSE),
     **dict.fromkeys(SCATTERS, (cases.RESNET, cases.DENSE)),
     "refused": (cases.RESNET,),
     "tasks": (cases.RESNET,),

@@ -79,14 +79,14 @@ class Memcpy(peers.Peer):
 
 #: Those that share a process, in the order of the tables.
 GROUPS: dict[str, tuple[type[peers.Peer], ...]] = {
-    "ours": (peers.Ours, peers.Pickle, Config, Arrays, Memcpy),
+    "ours": (peers.Ours, peers.OursFirst, peers.Pickle, Config, Arrays, Memcpy),
     "keras": (peers.Keras, peers.Old, peers.Safetensors),
     "scikeras": (peers.Scikeras,),
     "others": (peers.Torch, peers.Ray, peers.RayKeras),
 }
 
 #: Those that are measured on backends beside the first too.
-FEWER = (peers.OURS, peers.CONFIG, peers.KERAS)
+FEWER = (peers.OURS, peers.OURS_FIRST, peers.CONFIG, peers.KERAS)
 
 
 def chosen(group: str, workload: str, first: bool) -> list[str]:

@@ -19,8 +19,8 @@ Table = Callable[[Row], str]
 
 #: Of the README's first table: what is ours, what one would use instead, the limits.
 _SIDE_BY_SIDE = (
-    peers.OURS, peers.KERAS, peers.SCIKERAS, peers.OLD, peers.SAFETENSORS, peers.RAY_KERAS,
-    peers.RAY, peers.TORCH, peers.CONFIG, peers.ARRAYS, peers.MEMCPY,
+    peers.OURS, peers.OURS_FIRST, peers.KERAS, peers.SCIKERAS, peers.OLD, peers.SAFETENSORS,
+    peers.RAY_KERAS, peers.RAY, peers.TORCH, peers.CONFIG, peers.ARRAYS, peers.MEMCPY,
 )  # fmt: skip
 
 _MAIN = (cases.RESNET, cases.RESNET_ADAM, "dense, 1 GiB")

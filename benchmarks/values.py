@@ -152,8 +152,12 @@ def _bytes(array: Array) -> Array:
 
 
 def _view(variable: keras.Variable) -> Array:
+    import keras
+
     from dask_keras_serialize import backends
 
+    if keras.backend.backend() == "torch":  # ours is of memory that may be copied later
+        return _of_tensor(variable.value)
     return backends.current()[1].view(variable)
 
 

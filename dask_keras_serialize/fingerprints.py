@@ -128,6 +128,7 @@ def fingerprints(frames: Sequence[AnyFrame]) -> tuple[list[int], list[int]]:
 
 
 def _equal(a: Frame, b: Frame) -> bool:
-    step = 2**20  # stop early, and need no memory of their size
-    x, y = np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8)
+    step = 2**17  # stop early, and need no memory of their size
+    dtype = np.uint8 if a.nbytes % 8 else np.uint64
+    x, y = np.frombuffer(a, dtype), np.frombuffer(b, dtype)
     return all(np.array_equal(x[i : i + step], y[i : i + step]) for i in range(0, len(x), step))
