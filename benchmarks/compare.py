@@ -24,7 +24,7 @@ Row = dict[str, Any]
 FLOOR = 0.0005
 
 #: The peers whose rows are this package's.
-OURS = (peers.OURS, peers.OURS_PICKLE, peers.RAY)
+OURS = (peers.OURS, peers.OURS_FIRST, peers.OURS_PICKLE, peers.RAY)
 
 
 def main() -> int:

@@ -27,6 +27,7 @@ from typing import Any
 import cases
 import limits
 import meter
+import peers
 import values
 from meter import MeasuringError, Row
 
@@ -203,12 +204,13 @@ def _workload(
             seconds = row["out"]["seconds"] + row["in"]["seconds"]
             if repetition == 0:
                 memory[name] = row
-                if (
-                    seconds < 0.5 and group == "ours"
-                ):  # twice, for what is only seen from the third time on
+                if name == peers.OURS and not settings.is_large(workload):
                     with contextlib.suppress(MeasuringError):
-                        running[group].ask("repeat", name, False)
-                spent[name] = settings.seconds + 1 if seconds > 2 * settings.seconds else 0.0
+                        for _ in range(2):  # from the third time on models are cloned
+                            running[group].ask("repeat", name, False)
+                # of what takes so long with a large model, the warm-up has to do
+                slow = settings.is_large(workload) and seconds > 2 * settings.seconds
+                spent[name] = settings.seconds + 1 if slow else 0.0
             else:
                 timed[name].append(row)
                 spent[name] += seconds

@@ -142,10 +142,5 @@ def _without_run(config: str) -> str:
             "losses": None,
             "attributes": {k: v for k, v in attributes.items() if k not in RUN},
         }
-        optimizer = body["compile"]["optimizer"]
-        while isinstance(optimizer, dict):
-            settings = optimizer["config"]
-            if isinstance(settings.get("learning_rate"), float):
-                settings["learning_rate"] = "a variable"
-            optimizer = settings.get("inner_optimizer")
+        by_config.leave_rate_out(body["compile"])
     return json.dumps(body)

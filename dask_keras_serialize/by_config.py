@@ -175,6 +175,16 @@ def load(body: dict[str, Any], values: Values, extras: list[Array]) -> Rebuilt:
     return Rebuilt(model, functools.partial(parts_of, model))
 
 
+def leave_rate_out(compile_config: dict[str, Any] | None) -> None:
+    """Leave out of what compiled a model the learning rate, where it is a variable."""
+    optimizer = (compile_config or {}).get("optimizer")
+    while isinstance(optimizer, dict):
+        settings = optimizer["config"]
+        if isinstance(settings.get("learning_rate"), float):
+            settings["learning_rate"] = "a variable"
+        optimizer = settings.get("inner_optimizer")
+
+
 def variables_of(model: keras.Model) -> list[keras.Variable]:
     """List all of a model's variables, each once, in an order a rebuild repeats.
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -285,7 +285,8 @@ def a_message() -> Iterator[None]:
     try:
         yield
     finally:
-        _first.reset(token)
+        with suppress(ValueError):  # closed by who collects what was never finished
+            _first.reset(token)
 
 
 #: Whether the buffer that is asked for next is the first of a message.

@@ -99,6 +99,7 @@ KERAS = {
     "Layer._non_trainable_variables": ("keras/src/layers/layer.py", _NOT_BY_CONFIG),
     "Layer._seed_generators": ("keras/src/layers/layer.py", _NOT_BY_CONFIG),
     "Layer.__new__": ("keras/src/layers/layer.py", "layers by value are made by it (slower)"),
+    "remat.get_current_remat_mode": ("keras/src/backend/common/remat.py", "clones take a scope"),
     "Layer._losses": ("keras/src/layers/layer.py", "nothing: it is a cache"),
     "inject_functional_model_class": (
         "keras/src/models/model.py",
@@ -274,8 +275,7 @@ def assigns_in_build(optimizer: keras.optimizers.Optimizer) -> bool:
 
 def trained_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
     """Return the variables an optimizer was built for."""
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    return list(inner._trainable_variables)
+    return list(getattr(optimizer, "inner_optimizer", optimizer)._trainable_variables)
 
 
 def resolved_metrics(model: keras.Model) -> list[list[str]] | None:

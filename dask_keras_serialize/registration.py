@@ -263,7 +263,8 @@ def _take_buffers(tcp: Any) -> None:
     _before["buffers"] = restore
     for module, _ in originals:
         module.host_array = host_array
-    _wrap("messages", tcp.TCP, "read", _reading_a_message)
+    if hasattr(tcp, "TCP"):
+        _wrap("messages", tcp.TCP, "read", _reading_a_message)
 
 
 def _reading_a_message(read: Callable[..., Any]) -> Callable[..., Any]:

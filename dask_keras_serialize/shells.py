@@ -204,8 +204,13 @@ def new_shell(cls: type) -> Any:
             for base in cls.__mro__
             if "__new__" in vars(base) and not _foreign(base)
         )
-    wrappers = _wrappers() if new is _LAYERS_NEW else None
+    wrappers = _wrappers() if new is _LAYERS_NEW and _made_by_keras(cls) else None
     return new(cls) if wrappers is None else _new_layer(cls, wrappers)
+
+
+def _made_by_keras(cls: type) -> bool:
+    # a layer that is a dict too is made by dict.__new__
+    return all(issubclass(keras.Layer, base) for base in cls.__mro__ if "__new__" in vars(base))
 
 
 #: By class; weak, as classes may be made by the thousand.

@@ -15,10 +15,12 @@ that it was made of. Whatever is refused, and whatever fails, is rebuilt by conf
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
 import logging
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,7 +31,7 @@ import keras
 from dask_keras_serialize import by_config, by_value
 from dask_keras_serialize.aside import aside
 from dask_keras_serialize.backends import Array
-from dask_keras_serialize.errors import KerasSerializeError
+from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.header import Header
 from dask_keras_serialize.parts import Rebuilt
 from dask_keras_serialize.rebuild import Values, rebuilding
@@ -55,7 +57,7 @@ class Template(NamedTuple):
     order : list of int
         The row of the table of each variable, in the order by value.
     likeness : tuple
-        What a clone must have alike, see :func:`_likeness`.
+        What the first clone must have alike, see :func:`_likeness`.
     """
 
     body: dict[str, Any]
@@ -124,19 +126,21 @@ def load(body: dict[str, Any], values: Values, extras: list[Array]) -> Rebuilt:
     if key is None:
         return by_config.load(body, values, extras)
     with rebuilding():
-        known = _remember(key)
-        known.arrivals += 1
-        if known.template is not None:
+        known = _known.get(key)
+        if known is not None and known.template is not None:
             try:
                 return _clone(known, body, values)
+            except (DecodeError, MemoryError):  # this message's own, or this moment's
+                pass
             except Exception as error:  # whatever it is, the config has none of it
                 known.refuse(values.header.owner, repr(error))
         rebuilt = by_config.load(body, values, extras)
         counts["config"] += 1
-        if known.arrivals > 1 and not known.refused:
+        known = _remember(key)
+        if known.arrivals > 1 and known.template is None and not known.refused:
             try:
                 known.template = _template_of(rebuilt.root)
-            except (KerasSerializeError, LookupError) as error:
+            except Exception as error:  # it has arrived, whatever is against a template of it
                 known.refuse(values.header.owner, error)
         _forget()
         return rebuilt
@@ -154,24 +158,38 @@ def _key(body: dict[str, Any], values: Values) -> bytes | None:
         return None
     try:
         config, _ = _without_values(body["config"])
-        rows = [(v.shape, v.dtype, v.trainable) for v in header.variables]
-        scope = sorted(keras.saving.get_custom_objects())  # a config is read in their light
-        whole = [config, rows, scope, keras.config.floatx(), header.class_name]
-        text = json.dumps(whole, sort_keys=True)
+        # the table goes by place; seeds' paths count up in each process
+        rows = [
+            (None if "seed_generator" in v.path else v.path, v.shape, v.dtype, v.trainable)
+            for v in header.variables
+        ]
+        # in the order of the config: Keras builds losses, metrics and outputs in it
+        text = json.dumps([config, rows, header.class_name, _light()])
     except (KeyError, TypeError, ValueError):
         return None  # malformed: by_config says how
     return hashlib.blake2b(text.encode(), digest_size=20).digest()
+
+
+def _light() -> list[Any]:
+    """Return what else of a process a rebuild takes up, beside the config."""
+    remat = sys.modules.get("keras.src.backend.common.remat")
+    mode = getattr(remat, "get_current_remat_mode", lambda: None)()
+    defaults = (keras.config.floatx(), keras.config.epsilon(), keras.config.image_data_format())
+    return [sorted(keras.saving.get_custom_objects()), repr(mode and vars(mode)), defaults]
 
 
 def _without_values(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a config without what differs between models of one architecture, and whole."""
     whole = json.loads(text)
     seeded = [(i, name) for i, name, _ in whole["seeds"]]
-    return whole | {"history": None, "seeds": seeded}, whole
+    compiled = copy.deepcopy(whole["compile"])
+    by_config.leave_rate_out(compiled)
+    return whole | {"history": None, "seeds": seeded, "compile": compiled}, whole
 
 
 def _remember(key: bytes) -> Known:
     known = _known.setdefault(key, Known())
+    known.arrivals += 1
     _known.move_to_end(key)
     return known
 
@@ -222,7 +240,7 @@ def _clone(known: Known, body: dict[str, Any], values: Values) -> Rebuilt:
     if not known.proved:
         if _likeness(model) != template.likeness:
             raise LookupError("its clone is not like it")
-        known.proved = True
+        known.proved, known.template = True, template._replace(likeness=())
     values.placed_bytes += inner.placed_bytes
     values.placed_seconds += inner.placed_seconds
     counts["cloned"] += 1
@@ -245,6 +263,7 @@ def _likeness(model: keras.Model) -> tuple[Any, ...]:
         raise LookupError(described)
     config, _ = _without_values(described.body["config"])
     rows = [(tuple(v.shape), v.dtype, v.trainable) for v in described.variables]
+    text = json.dumps(config)  # equal dicts may be in another order
     kinds = {key: type(part).__qualname__ for key, part in described.parts().items()}
     kinds.pop(("history",), None)
-    return config, rows, kinds
+    return text, rows, kinds

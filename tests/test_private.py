@@ -17,7 +17,7 @@ from distributed.protocol.cuda import cuda_loads
 from distributed.protocol.serialize import dask_loads, families
 from distributed.scheduler import Scheduler
 from joblib import numpy_pickle
-from keras.src.backend.common import global_state
+from keras.src.backend.common import global_state, remat
 from keras.src.models import functional as functional_module
 from keras.src.models import model as model_module
 from keras.src.random import seed_generator
@@ -51,6 +51,7 @@ FOUND = {
     "Layer._trainable_variables": lambda m: m.layers[0]._trainable_variables,
     "Layer._non_trainable_variables": lambda m: m.layers[0]._non_trainable_variables,
     "Layer._seed_generators": lambda m: m.layers[0]._seed_generators,
+    "remat.get_current_remat_mode": lambda m: (remat.get_current_remat_mode(), 1),
     "Layer.__new__": lambda m: shells._wrappers(),
     "Layer._losses": lambda m: (m._losses, m._losses_override, m._loss_ids),
     "Sequential._functional": lambda m: m._functional,

@@ -10,7 +10,7 @@ import pytest
 from keras import layers
 
 from dask_keras_serialize import by_value, shells, templates
-from dask_keras_serialize.errors import EncodeError
+from dask_keras_serialize.errors import DecodeError, EncodeError
 from dask_keras_serialize.protocol import decode, encode
 from tests import zoo
 
@@ -92,6 +92,81 @@ def test_another_architecture_is_not_taken_for_it(change):
         other.layers[0].dtype_policy = with_policy
     zoo.assert_same(other, arrive(other))
     assert templates.counts["cloned"] == 1
+
+
+def two_losses(order):
+    inputs = keras.Input((3,), name="input")
+    heads = {name: layers.Dense(2, name=name)(inputs) for name in order}
+    model = keras.Model(inputs, heads, name="heads")
+    model.compile("sgd", dict.fromkeys(order, "mse"))
+    model.fit(np.ones((4, 3)), {"a": np.ones((4, 2)), "b": np.zeros((4, 2))}, verbose=0)
+    return model
+
+
+def test_the_order_of_a_config_counts():
+    """Keras builds losses' totals, and what predict returns, in it."""
+    for _ in range(3):
+        arrive(two_losses("ab"))
+    model = two_losses("ba")
+    for _ in range(3):
+        clone = arrive(model)
+        zoo.assert_same(model, clone)
+        assert list(clone.predict(np.ones((1, 3)), verbose=0)) == ["b", "a"]
+
+
+def test_learning_rates_are_values():
+    model = stack()
+    model.compile(keras.optimizers.Adam(0.1), "mse")
+    model.optimizer.build(model.trainable_variables)
+    zoo.assert_same(model, arrive(model))  # it predicts, which the model remembers
+    for rate in (0.1, 0.01, 0.001):
+        model.optimizer.learning_rate = rate
+        clone = arrive(model)
+        zoo.assert_same(model, clone)
+        assert clone.optimizer.get_config() == model.optimizer.get_config()
+    assert templates.counts["cloned"] == 1
+
+
+def test_scopes_of_rematerialization_are_those_of_the_receiver():
+    model = stack()
+    for _ in range(3):
+        arrive(model)
+    with keras.RematScope("full"):
+        assert arrive(model).layers[0]._remat_mode is not None
+    assert arrive(model).layers[0]._remat_mode is None
+
+
+@pytest.mark.parametrize("error", [AttributeError, RuntimeError])
+def test_what_a_template_fails_of_has_arrived(monkeypatch, error):
+    def fails(*_, **__):
+        raise error("gone")
+
+    model = stack()
+    monkeypatch.setattr(by_value, "dump", fails)
+    for _ in range(3):
+        zoo.assert_same(model, arrive(model))
+
+
+def test_a_message_that_is_not_whole_ends_no_cloning():
+    model = stack()
+    for _ in range(3):
+        arrive(model)
+    header, frames = encode(model)
+    with pytest.raises(DecodeError):
+        decode(header, frames[:-1])
+    arrive(model)
+    assert templates.counts["cloned"] == 2
+
+
+class Both(layers.Dense, dict):
+    """A layer that is a container too."""
+
+
+def test_a_layer_that_is_a_dict_too_arrives():
+    layer = Both(2)
+    layer["key"] = 1
+    replica = decode(*encode(layer))
+    assert (dict(replica), replica.units) == ({"key": 1}, 2)
 
 
 def test_normalization_follows_its_variables():
