@@ -123,7 +123,9 @@ def pack(
             arena[offset : offset + nbytes] = as_frame(array)
         else:
             frames.append(as_frame(array))
-    first = memoryview(arena.tobytes()) if frames and _goes_first(frames[0]) else arena.data
+    first = arena.data
+    if frames and _goes_first(frames[0]):
+        first = memoryview(arena.tobytes().ljust(_PASSED_ON, b"\0"))
     return locations, [first.toreadonly(), *frames]
 
 
@@ -294,6 +296,11 @@ _first: ContextVar[list[bool]] = ContextVar("the first buffer of a message")
 
 #: Frames over so many bytes are cut, as ``distributed.comm.shard`` has it unless a user says else.
 _SHARD = 64 << 20
+
+
+#: Bytes of an arena before such a frame, at least. Where a scheduler passes it on it is no
+#: ``bytes``, and has to be twenty times what stands before it (``_add_frames_header``).
+_PASSED_ON = 256 << 10
 
 
 def _goes_first(frame: AnyFrame) -> bool:
