@@ -34,7 +34,7 @@ GPU_VENV := $(VENV)-gpu-$(KERAS_BACKEND)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo examples test test-jax test-torch test-together test-dask-ml test-gpu \
-  test-programs test-long lint format bench fidelity build clean
+  test-programs test-long lint format bench bench-all fidelity build clean
 
 help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -102,9 +102,12 @@ format: $(INSTALLED) ## mend what ruff can mend
 	$(BIN)/ruff format .
 
 # what models are measured beside, ray for one, stays out of the other environments
-bench: ## measure beside what people use instead, in an environment of its own; fills in README.md
+bench: ## measure beside what people use instead, in an environment of its own, 15 minutes; fills in README.md
 	$(MAKE) install BACKEND_EXTRA=bench VENV=$(VENV)-bench EXTRAS=bench KERAS_BACKEND=tensorflow
 	$(VENV)-bench/bin/python benchmarks/bench.py $(BENCH_ARGS)
+
+bench-all: ## the same with every workload and backend, and how costs grow; fills in docs/performance.md too
+	$(MAKE) bench BENCH_ARGS=--all
 
 fidelity: $(INSTALLED) ## compare every object after every route, and Keras's pickle; fills in docs/fidelity.md
 	PYTHONPATH=. $(BIN)/python benchmarks/fidelity.py

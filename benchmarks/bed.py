@@ -51,18 +51,6 @@ class Bed:
         gc.collect()
         cases.touch(min(copies, 3) * self.nbytes)
 
-    def check(self, future: Any, expected: str, copies: int) -> None:
-        """Compare what so many workers hold with a checksum of what was sent."""
-        (held,) = self.client.who_has([future]).values()
-        if len(held) != copies:
-            raise MeasuringError(f"{len(held)} workers hold it")
-        tasks = [
-            self.client.submit(values.checksum, future, pure=False, workers=[worker])
-            for worker in held
-        ]
-        if {task.result() for task in tasks} != {expected}:
-            raise MeasuringError("what a worker holds is not what was sent")
-
     def wait_until_empty(self) -> None:
         while any(self.client.run(_held).values()):
             time.sleep(0.01)
@@ -89,6 +77,18 @@ class Bed:
                 yield
         finally:
             everywhere(_register)
+
+
+def check(client: Any, future: Any, expected: str, copies: int) -> None:
+    """Compare what so many workers hold with a checksum of what was sent."""
+    (held,) = client.who_has([future]).values()
+    if len(held) != copies:
+        raise MeasuringError(f"{len(held)} workers hold it")
+    tasks = [
+        client.submit(values.checksum, future, pure=False, workers=[worker]) for worker in held
+    ]
+    if {task.result() for task in tasks} != {expected}:
+        raise MeasuringError("what a worker holds is not what was sent")
 
 
 @contextlib.contextmanager

@@ -40,6 +40,9 @@ WORKLOADS = (
     RESNET, RESNET_ADAM, EFFICIENTNET, BERT, LAYERS, TINY, FLOAT16, BFLOAT16, DENSE, DENSE_BIG,
 )  # fmt: skip
 
+#: Those of a run that is not asked for all of them.
+MAIN = (RESNET, RESNET_ADAM, TINY, DENSE)
+
 #: Those that are measured on the other backends too.
 ON_ALL_BACKENDS = (RESNET, RESNET_ADAM, EFFICIENTNET)
 
@@ -80,14 +83,19 @@ class Settings:
     dense_bytes: int = 1 << 30
     big_bytes: int = 4 << 30
     half_bytes: int = 64 << 20
-    workloads: tuple[str, ...] = WORKLOADS
-    backends: tuple[str, ...] = ("tensorflow", "jax", "torch")
+    workloads: tuple[str, ...] = MAIN
+    backends: tuple[str, ...] = ("tensorflow",)
     turns: int = 3
     tasks: int = 1000
     layers: tuple[int, ...] = (1, 3, 10, 30, 100, 300, 1000)
     sizes: tuple[int, ...] = tuple(1 << power for power in range(10, 31, 2))
     workers: tuple[int, ...] = (1, 4, 16, 64)
     counts: tuple[int, ...] = (1, 10, 100, 1000, 10000)
+
+    @classmethod
+    def everything(cls) -> Settings:
+        """All workloads, all backends: twice the time."""
+        return cls(workloads=WORKLOADS, backends=("tensorflow", "jax", "torch"))
 
     @classmethod
     def quick(cls) -> Settings:
@@ -97,7 +105,6 @@ class Settings:
             seconds=0.5,
             dense_bytes=64 << 20,
             workloads=(RESNET, TINY, DENSE),
-            backends=("tensorflow",),
             turns=2,
             tasks=100,
             layers=(1, 10, 100),

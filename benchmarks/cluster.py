@@ -28,7 +28,7 @@ import meter
 import peers
 import processes
 import values
-from bed import WORKERS, Bed, resident, timed
+from bed import WORKERS, Bed, check, resident, timed
 from daemons import map_over, use
 from meter import MeasuringError, Row
 
@@ -48,8 +48,9 @@ ENOUGH = 20.0
 
 #: Figures, in the order of the tables, and the workloads that they are measured on.
 FIGURES: dict[str, tuple[str, ...]] = {
-    "ask": (cases.RESNET, cases.DENSE),
+    "ask": (cases.RESNET, cases.LAYERS, cases.DENSE),
     **dict.fromkeys(SCATTERS, (cases.RESNET, cases.DENSE)),
+    FASTEST: (cases.RESNET, cases.LAYERS, cases.DENSE),
     "refused": (cases.RESNET,),
     "tasks": (cases.RESNET,),
     "submit": (cases.RESNET,),
@@ -137,6 +138,7 @@ def move(bed: Bed, figure: str) -> Iterator[Row]:
     figures = (figure, "gather") if figure == FASTEST else (figure,)
     times: dict[tuple[str, str], list[float]] = {(k, f): [] for f in figures for k in kinds}
     sums = {kind: values.checksum(value) for kind, value in kinds.items()}
+    equal = {kind: values.ALL if kind == peers.OURS else "arrays" for kind in kinds}
     began = time.perf_counter()
     for turn in range(1 + bed.settings.turns):
         if turn > 3 and time.perf_counter() - began > ENOUGH:
@@ -145,18 +147,17 @@ def move(bed: Bed, figure: str) -> Iterator[Row]:
             bed.make_room(2 + copies)
             seconds, (future,) = timed(bed.client.scatter, [value], **arguments)
             times[kind, figure] += [seconds] if turn else []
-            bed.check(future, sums[kind], copies)
+            check(bed.client, future, sums[kind], copies)
             if "gather" in figures:
                 bed.make_room(3)
                 seconds, back = timed(bed.client.gather, future)
-                values.equal(value, back)
+                equal[kind] = values.equal(value, back)
                 del back
                 times[kind, "gather"] += [seconds] if turn else []
             del future
             bed.wait_until_empty()
     for (kind, name), taken in times.items():
-        equal = values.ALL if kind == peers.OURS else "arrays"
-        yield bed.row(kind, name, taken, equal=equal)
+        yield bed.row(kind, name, taken, equal=equal[kind])
 
 
 def refused(bed: Bed) -> Iterator[Row]:

@@ -83,7 +83,7 @@ def compare(old: list[Row], new: list[Row], tolerance: float) -> tuple[list[Row]
         worse by infinity.
     compared : int
     skipped : list of str
-        Rows of the new file without a counterpart, or whose limit is not in both.
+        Rows of one file without a counterpart in the other, or whose limit is not in both.
 
     Raises
     ------
@@ -94,12 +94,7 @@ def compare(old: list[Row], new: list[Row], tolerance: float) -> tuple[list[Row]
     for row in new:
         if row["peer"] not in OURS:
             continue
-        name = ", ".join(
-            str(row[key]) for key in ("workload", "x", "peer", "figure", "backend") if row.get(key)
-        )
-        before = report.find(
-            old, row["workload"], row["peer"], row["figure"], row.get("backend"), row.get("x")
-        )
+        name, before = _name(row), _counterpart(row, old)
         if before is None or "failed" in before:
             skipped.append(f"{name}: not measured before")
             continue
@@ -114,9 +109,24 @@ def compare(old: list[Row], new: list[Row], tolerance: float) -> tuple[list[Row]
         small = "failed" not in row and max(row["minimum"], before["minimum"]) < FLOOR
         if now / was > tolerance and not small:
             worse.append({"name": name, "limit": limit, "old": was, "new": now})
+    skipped += [
+        f"{_name(row)}: not measured any more"
+        for row in old
+        if row["peer"] in OURS and _counterpart(row, new) is None
+    ]
     if not compared:
         raise ValueError("the files have no row in common")
     return worse, compared, skipped
+
+
+def _name(row: Row) -> str:
+    keys = ("workload", "x", "peer", "figure", "backend")
+    return ", ".join(str(row[key]) for key in keys if row.get(key))
+
+
+def _counterpart(row: Row, rows: list[Row]) -> Row | None:
+    key = (row["workload"], row["peer"], row["figure"], row.get("backend"), row.get("x"))
+    return report.find(rows, *key)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import cases
 import meter
 import peers
 import values
-from bed import Bed, timed
+from bed import Bed, check, timed
 from daemons import end
 from meter import MeasuringError, Row
 
@@ -40,7 +40,7 @@ def spill(bed: Bed) -> Iterator[Row]:
                 arguments: dict[str, Any] = {"hash": False, "direct": True}
                 (future,) = bed.client.scatter([value], workers=[address], **arguments)
                 took = bed.client.run(_spill, future.key, workers=[address])[address]
-                bed.check(future, sums[kind], 1)
+                check(bed.client, future, sums[kind], 1)
                 for way, seconds in zip(("spill", "back"), took, strict=True):
                     times[kind, way] += [seconds] if turn else []
                 del future
@@ -76,7 +76,7 @@ def predict(bed: Bed) -> Iterator[Row]:
                     if not cases.np.allclose(got, expected, rtol=1e-3, atol=0):
                         raise MeasuringError("other predictions came back")
                     row = bed.row(kind, f"predict, {when} on a fresh worker", [seconds])
-                    yield row | {"equal": "predictions"}
+                    yield row | {"equal": "predictions, to 0.1%"}
         finally:
             bed.client.retire_workers(names=[name])
             end(worker)

@@ -155,7 +155,7 @@ class Scikeras(Keras):
 
     def open(self) -> None:
         import keras
-        import scikeras  # noqa: F401
+        import scikeras  # noqa: F401 - importing it is what changes keras.Model
 
         if "scikeras" not in keras.Model.__reduce__.__module__:
             raise RuntimeError("keras.Model is not pickled by scikeras")
@@ -306,10 +306,5 @@ class OursFirst(Ours):
     def load(self, blob: Any, buffers: list[Any]) -> Any:
         from dask_keras_serialize import templates
 
-        known = dict(templates._known)
-        templates.forget()
-        try:
+        with templates.forgotten():
             return super().load(blob, buffers)
-        finally:
-            templates.forget()
-            templates._known.update(known)

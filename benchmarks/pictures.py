@@ -18,7 +18,8 @@ Row = dict[str, Any]
 
 COLORS = {
     peers.OURS: "#0b5394",
-    peers.OURS_PICKLE: "#6fa8dc",
+    peers.OURS_FIRST: "#3d85c6",
+    peers.OURS_PICKLE: "#9fc5e8",
     peers.KERAS: "#a61c00",
     peers.SCIKERAS: "#e69138",
     peers.OLD: "#f1c232",

@@ -117,7 +117,7 @@ def requests(line: Connection, answer: Callable[..., Any]) -> None:
     while (request := line.recv()) is not None:
         try:
             line.send(answer(*request))
-        except Exception as error:
+        except Exception as error:  # a peer's, whatever it is: it becomes a row
             line.send(meter.reason(error))
 
 
@@ -274,7 +274,7 @@ def serve(line: Connection, settings: cases.Settings, group: str) -> None:
                 gc.freeze()
                 meter.repeat(peer, cases.tiny(), 0, False)
                 opened[name] = None
-            except Exception as error:
+            except Exception as error:  # missing, or broken in any way: it becomes a row
                 opened[name] = str(meter.reason(error))
         if (failure := opened[name]) is not None:
             raise MeasuringError(failure)

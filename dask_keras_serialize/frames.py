@@ -110,22 +110,24 @@ def pack(
     the others if they are C-contiguous.
     """
     locations = layout([array.nbytes for array in arrays])
-    # Never of no bytes, which comms have trouble with, and there even if nothing is small: the
-    # first frame may be received into one buffer with the header, and so at any address. An arena
-    # of bytes counts as header.
-    size = sum(_aligned(each.nbytes) for each in locations if each.frame == 0)
-    arena = np.zeros(max(size, ALIGNMENT), np.uint8)
+    small: list[Frame | bytes] = []
     frames: list[AnyFrame] = []
-    for array, (frame, offset, nbytes) in zip(arrays, locations, strict=True):
+    for array, location in zip(arrays, locations, strict=True):
         if isinstance(array, DeviceFrame):
             frames.append(array)
-        elif frame == 0:
-            arena[offset : offset + nbytes] = as_frame(array)
+        elif location.frame == 0:
+            small += [as_frame(array), bytes(_aligned(array.nbytes) - array.nbytes)]
         else:
             frames.append(as_frame(array))
-    first = arena.data
-    if frames and _goes_first(frames[0]):
-        first = memoryview(arena.tobytes().ljust(_PASSED_ON, b"\0"))
+    goes_first = bool(frames) and _goes_first(frames[0])
+    # Never of no bytes, which comms have trouble with, and there even if nothing is small: the
+    # first frame may be received into one buffer with the header, and so at any address.
+    least = _PASSED_ON if goes_first else ALIGNMENT
+    size = sum(_aligned(each.nbytes) for each in locations if each.frame == 0)
+    small.append(bytes(max(0, least - size)))
+    arena = b"".join(small)
+    # an arena that is known to be bytes counts as header
+    first = memoryview(arena) if goes_first else np.frombuffer(arena, np.uint8).data
     return locations, [first.toreadonly(), *frames]
 
 

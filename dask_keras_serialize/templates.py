@@ -15,24 +15,25 @@ that it was made of. Whatever is refused, and whatever fails, is rebuilt by conf
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import json
 import logging
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import keras
+from dask import config as dask_config
 
 from dask_keras_serialize import by_config, by_value
 from dask_keras_serialize.aside import aside
 from dask_keras_serialize.backends import Array
 from dask_keras_serialize.errors import DecodeError
-from dask_keras_serialize.header import Header
+from dask_keras_serialize.header import FORMAT, Header
 from dask_keras_serialize.parts import Rebuilt
 from dask_keras_serialize.rebuild import Values, rebuilding
 
@@ -57,7 +58,7 @@ class Template(NamedTuple):
     order : list of int
         The row of the table of each variable, in the order by value.
     likeness : tuple
-        What the first clone must have alike, see :func:`_likeness`.
+        What the first clone must have alike, see :func:`_likeness`; empty when one had.
     """
 
     body: dict[str, Any]
@@ -78,8 +79,6 @@ class Known:
     ----------
     arrivals : int
     template : Template or None
-    proved : bool
-        Whether a clone has been compared.
     refused : str
         Why there is no template; empty if nothing is against it.
     """
@@ -87,8 +86,12 @@ class Known:
     def __init__(self) -> None:
         self.arrivals = 0
         self.template: Template | None = None
-        self.proved = False
         self.refused = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it holds."""
+        return self.template.nbytes if self.template else 0
 
     def refuse(self, owner: str, reason: object) -> None:
         """Rebuild by config from now on."""
@@ -101,35 +104,20 @@ _known: OrderedDict[bytes, Known] = OrderedDict()
 
 
 def load(body: dict[str, Any], values: Values, extras: list[Array]) -> Rebuilt:
-    """Rebuild a model as :func:`by_config.load` does; clone it if its config is known here.
+    """Rebuild a model, or clone it if its config is known here.
 
-    Parameters
-    ----------
-    body : dict
-    values : Values
-    extras : list of ndarray of uint8
-
-    Returns
-    -------
-    Rebuilt
-
-    Raises
-    ------
-    DecodeError
-        If the config cannot be rebuilt here, or rebuilds to something else.
-
-    Notes
-    -----
-    Copies: as :func:`by_config.load`. A template holds no variable's bytes.
+    Takes, returns, raises and copies what :func:`by_config.load` does. A template holds no
+    variable's bytes.
     """
-    key = None if extras else _key(body, values)
-    if key is None:
+    config = None if extras else _parsed(body)
+    key = None if config is None else _key(config, values)
+    if config is None or key is None:
         return by_config.load(body, values, extras)
     with rebuilding():
         known = _known.get(key)
         if known is not None and known.template is not None:
             try:
-                return _clone(known, body, values)
+                return _clone(known, config, values)
             except (DecodeError, MemoryError):  # this message's own, or this moment's
                 pass
             except Exception as error:  # whatever it is, the config has none of it
@@ -151,21 +139,43 @@ def forget() -> None:
     _known.clear()
 
 
-def _key(body: dict[str, Any], values: Values) -> bytes | None:
+@contextmanager
+def forgotten() -> Iterator[None]:
+    """Forget all templates, and remember them again afterwards, and no others."""
+    known = dict(_known)
+    _known.clear()
+    try:
+        yield
+    finally:
+        _known.clear()
+        _known.update(known)
+
+
+def _parsed(body: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the config that arrived, or None if clones are turned off, or it is malformed."""
+    if not dask_config.get(f"{FORMAT}.clone", True):
+        return None
+    try:
+        config = json.loads(body["config"])
+    except (KeyError, TypeError, ValueError):
+        return None  # by_config says how
+    return config if isinstance(config, dict) else None
+
+
+def _key(config: dict[str, Any], values: Values) -> bytes | None:
     """Return what makes two models one architecture, as they arrive; None if not to be cloned."""
     header = values.header
     if header.backend != keras.backend.backend() or keras.distribution.distribution() is not None:
         return None
     try:
-        config, _ = _without_values(body["config"])
         # the table goes by place; seeds' paths count up in each process
         rows = [
             (None if "seed_generator" in v.path else v.path, v.shape, v.dtype, v.trainable)
             for v in header.variables
         ]
         # in the order of the config: Keras builds losses, metrics and outputs in it
-        text = json.dumps([config, rows, header.class_name, _light()])
-    except (KeyError, TypeError, ValueError):
+        text = json.dumps([_without_values(config), rows, header.class_name, _light()])
+    except (AttributeError, KeyError, TypeError, ValueError):
         return None  # malformed: by_config says how
     return hashlib.blake2b(text.encode(), digest_size=20).digest()
 
@@ -178,13 +188,14 @@ def _light() -> list[Any]:
     return [sorted(keras.saving.get_custom_objects()), repr(mode and vars(mode)), defaults]
 
 
-def _without_values(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a config without what differs between models of one architecture, and whole."""
-    whole = json.loads(text)
-    seeded = [(i, name) for i, name, _ in whole["seeds"]]
-    compiled = copy.deepcopy(whole["compile"])
-    by_config.leave_rate_out(compiled)
-    return whole | {"history": None, "seeds": seeded, "compile": compiled}, whole
+def _without_values(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config without what differs between models of one architecture.
+
+    It keeps all parts but ``compile``, which is the caller's own and gets no learning rate.
+    """
+    by_config.leave_rate_out(config["compile"])
+    seeded = [(i, name) for i, name, _ in config["seeds"]]
+    return config | {"history": None, "seeds": seeded}
 
 
 def _remember(key: bytes) -> Known:
@@ -196,12 +207,9 @@ def _remember(key: bytes) -> Known:
 
 def _forget() -> None:
     """Forget what was used longest ago, beyond what a process may hold."""
-
-    def held() -> int:
-        return sum(known.template.nbytes for known in _known.values() if known.template)
-
-    while len(_known) > REMEMBERED or (held() > TEMPLATE_BYTES and len(_known) > 1):
-        _known.popitem(last=False)
+    held = sum(known.nbytes for known in _known.values())
+    while len(_known) > REMEMBERED or (held > TEMPLATE_BYTES and len(_known) > 1):
+        held -= _known.popitem(last=False)[1].nbytes
 
 
 def _template_of(model: keras.Model) -> Template:
@@ -225,22 +233,21 @@ def _template_of(model: keras.Model) -> Template:
     return Template(described.body, extras, order, _likeness(model))
 
 
-def _clone(known: Known, body: dict[str, Any], values: Values) -> Rebuilt:
+def _clone(known: Known, config: dict[str, Any], values: Values) -> Rebuilt:
     template = known.template
     assert template is not None
     inner = Values(_reordered(values.header, template.order), values.frames)
     extras = [extra.copy() for extra in template.extras[1:]]
     rebuilt = by_value.load(template.body, inner, [template.extras[0], *extras])
     model = rebuilt.root
-    _, config = _without_values(body["config"])
     by_config.remember(model, config["seeds"], config["paths"])
     for variable, entry in zip(by_config.variables_of(model), values.header.variables, strict=True):
         variable._path = entry.path
     by_config.finish(model, config["history"])
-    if not known.proved:
+    if template.likeness:
         if _likeness(model) != template.likeness:
             raise LookupError("its clone is not like it")
-        known.proved, known.template = True, template._replace(likeness=())
+        known.template = template._replace(likeness=())
     values.placed_bytes += inner.placed_bytes
     values.placed_seconds += inner.placed_seconds
     counts["cloned"] += 1
@@ -261,7 +268,7 @@ def _likeness(model: keras.Model) -> tuple[Any, ...]:
         described = by_config.dump(model)
     if isinstance(described, str):
         raise LookupError(described)
-    config, _ = _without_values(described.body["config"])
+    config = _without_values(json.loads(described.body["config"]))
     rows = [(tuple(v.shape), v.dtype, v.trainable) for v in described.variables]
     text = json.dumps(config)  # equal dicts may be in another order
     kinds = {key: type(part).__qualname__ for key, part in described.parts().items()}

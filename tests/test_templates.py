@@ -4,6 +4,7 @@ import gc
 import logging
 import weakref
 
+import dask
 import keras
 import numpy as np
 import pytest
@@ -42,6 +43,18 @@ def test_a_clone_is_the_same_model(name):
     assert encode(clone)[0].encoding == "config"
     zoo.assert_same(model, clone)
     zoo.assert_same(clone, arrive(clone))
+
+
+def test_clones_can_be_turned_off():
+    model = stack()
+    for _ in range(3):
+        arrive(model)
+    assert templates.counts == {"config": 2, "cloned": 1}
+    with dask.config.set({"dask-keras-serialize.clone": False}):
+        zoo.assert_same(model, arrive(model))
+    assert templates.counts == {"config": 2, "cloned": 1}
+    arrive(model)
+    assert templates.counts["cloned"] == 2
 
 
 @pytest.mark.parametrize("name", [name for name in zoo.BY_CONFIG if "trained" in name])
@@ -191,7 +204,8 @@ def test_templates_hold_no_model_and_no_values():
     gc.collect()
     assert not any(each() for each in held)
     (known,) = templates._known.values()
-    assert known.proved
+    assert known.template
+    assert not known.template.likeness  # it has been compared
     secret = np.full((3, 4), 1.2345678, "float32")
     model.layers[0].kernel.assign(secret)
     templates.forget()
