@@ -49,7 +49,7 @@ class Bed:
 
     def make_room(self, copies: int) -> None:
         gc.collect()
-        cases.touch(min(copies, 3) * self.nbytes)
+        cases.touch(copies * self.nbytes)
 
     def wait_until_empty(self) -> None:
         while any(self.client.run(_held).values()):

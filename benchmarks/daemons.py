@@ -18,10 +18,12 @@ from typing import Any
 
 HERE = str(Path(__file__).parent)
 
-#: What no timing should depend on.
+#: What no timing should depend on. ``Client.scatter`` says that ``broadcast`` needs the active
+#: memory manager off: every two seconds it drops replicas, which are then sent anew.
 _QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": "error",
+    "DASK_DISTRIBUTED__SCHEDULER__ACTIVE_MEMORY_MANAGER__START": "False",
     "DASK_DISTRIBUTED__WORKER__MEMORY__PAUSE": "False",
     "DASK_DISTRIBUTED__WORKER__MEMORY__TERMINATE": "False",
     "DASK_DISTRIBUTED__WORKER__MEMORY__SPILL": "False",

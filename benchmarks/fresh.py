@@ -36,7 +36,7 @@ def spill(bed: Bed) -> Iterator[Row]:
         turns = 1 + min(bed.settings.turns, 2 if bed.nbytes >= 512 << 20 else 5)
         for turn in range(turns):
             for kind, value in bed.kinds.items():
-                bed.make_room(2)
+                bed.make_room(4)  # the file too is in memory
                 arguments: dict[str, Any] = {"hash": False, "direct": True}
                 (future,) = bed.client.scatter([value], workers=[address], **arguments)
                 took = bed.client.run(_spill, future.key, workers=[address])[address]

@@ -287,14 +287,15 @@ def host(line: Connection, scheduler: str) -> None:
     def do(what: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(what, loop).result()
 
-    async def start() -> Any:
-        return await Worker(scheduler, nthreads=1, memory_limit=0, dashboard=False)
+    async def start(count: int) -> list[Any]:
+        options = {"nthreads": 1, "memory_limit": 0, "dashboard": False}
+        return list(await asyncio.gather(*(Worker(scheduler, **options) for _ in range(count))))
 
     async def close() -> None:
         await asyncio.gather(*(worker.close(nanny=False) for worker in workers))
 
     def more(count: int) -> int:
-        workers.extend(do(start()) for _ in range(count))
+        workers.extend(do(start(count)))
         return len(workers)
 
     try:

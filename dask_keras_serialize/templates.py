@@ -35,7 +35,7 @@ from dask_keras_serialize.backends import Array
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.header import FORMAT, Header
 from dask_keras_serialize.parts import Rebuilt
-from dask_keras_serialize.rebuild import Values, rebuilding
+from dask_keras_serialize.rebuild import Values, rebuilding, uncollected
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +151,7 @@ def forgotten() -> Iterator[None]:
         _known.update(known)
 
 
+@uncollected()
 def _parsed(body: dict[str, Any]) -> dict[str, Any] | None:
     """Return the config that arrived, or None if clones are turned off, or it is malformed."""
     if not dask_config.get(f"{FORMAT}.clone", True):
