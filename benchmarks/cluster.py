@@ -50,6 +50,7 @@ ENOUGH = 20.0
 FIGURES: dict[str, tuple[str, ...]] = {
     "ask": (cases.RESNET, cases.LAYERS, cases.DENSE),
     **dict.fromkeys(SCATTERS, (cases.RESNET, cases.DENSE)),
+    "scatter, hash=False": (cases.RESNET,),
     FASTEST: (cases.RESNET, cases.LAYERS, cases.DENSE),
     "refused": (cases.RESNET,),
     "tasks": (cases.RESNET,),

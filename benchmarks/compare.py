@@ -1,10 +1,9 @@
 """Find regressions: python benchmarks/compare.py OLD.json NEW.json [--tolerance 1.3].
 
 Compares each row that both files have by its ratio to its limit's row of the same run
-(``report.limit_of``), never by seconds: another machine, or a busy one, slows both. The
-ratio is of the least times: noise only ever adds to a time, so the least says most about
-the code, and limits of a few milliseconds have medians that jump. Prints the rows beyond
-the tolerance; the exit status is 1 if there are any, 2 if the files cannot be used.
+(``report.limit_of``), never by seconds: another machine, or a busy one, slows both. Prints
+the rows beyond the tolerance, and those that only one file has; the exit status is 1 if
+there are rows beyond it, 2 if the files cannot be used.
 """
 
 from __future__ import annotations
@@ -99,7 +98,7 @@ def compare(old: list[Row], new: list[Row], tolerance: float) -> tuple[list[Row]
             skipped.append(f"{name}: not measured before")
             continue
         limit = report.limit_of(row)
-        was, now = (report.ratio(*each, limit, "minimum") for each in ((old, before), (new, row)))
+        was, now = (report.ratio(*each, limit) for each in ((old, before), (new, row)))
         if "failed" in row:
             now = float("inf")
         if was is None or now is None:

@@ -178,7 +178,7 @@ def _cell(row: Row | None) -> str:
         return ""
     if "failed" in row:
         return f"fails: {row['failed'].split(':')[0]}"
-    return report.seconds(row["median"])
+    return report.seconds(row["minimum"])
 
 
 def _memory(row: Row | None) -> str:
@@ -196,7 +196,7 @@ def _memory(row: Row | None) -> str:
 
 
 def _with_ratio(rows: list[Row], row: Row | None) -> str:
-    """Write the median, and how many times as fast as Keras's pickle that is."""
+    """Write the least time, and how many times as fast as Keras's pickle that is."""
     ratio = None if row is None or "failed" in row else report.ratio(rows, row, peers.KERAS)
     if row is None or ratio is None or row["peer"] == peers.KERAS:
         return _cell(row)

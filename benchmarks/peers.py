@@ -151,7 +151,7 @@ class Scikeras(Keras):
     """Scikeras's ``__reduce__``, which importing it puts in the place of Keras's."""
 
     name = SCIKERAS
-    only = (cases.RESNET, cases.RESNET_ADAM, cases.TINY, cases.DENSE)
+    only = (cases.RESNET, cases.RESNET_ADAM, cases.TINY)
 
     def open(self) -> None:
         import keras
@@ -290,7 +290,7 @@ class RayKeras(Ray):
     name = RAY_KERAS
     registered = False
     room = 8.0
-    only = (cases.RESNET, cases.DENSE)
+    only = (cases.RESNET,)
 
 
 class Ours(Dask):

@@ -1,6 +1,6 @@
 """Results -> three SVGs: beside what people use, through a cluster, and how costs grow.
 
-Times are medians on logarithmic axes. The same rows give the same bytes.
+Times are the least ones on logarithmic axes. The same rows give the same bytes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def draw(results: Row, folder: Path) -> list[Path]:
     mpl.rcParams["font.size"] = 8
     from matplotlib import pyplot as plt
 
-    rows = [row for row in results["rows"] if "median" in row]
+    rows = [row for row in results["rows"] if "minimum" in row]
     folder.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, Callable[[Any, list[Row]], Any]] = {
         "serialize": _side_by_side,
@@ -90,11 +90,11 @@ def _side_by_side(plt: Any, rows: list[Row]) -> Any:
     )
     for line, way in zip(axes, ("out", "in"), strict=True):
         for place, workload in zip(line, workloads, strict=True):
-            times = [_median(rows, workload, name, way) for name in names]
+            times = [_least(rows, workload, name, way) for name in names]
             _bars(place, names, times)
             place.set_title(f"{workload}, {way}", fontsize=9)
     figure.suptitle(
-        "A model to bytes (out) and back (in): median time, seconds, log scale", fontsize=10
+        "A model to bytes (out) and back (in): least time, seconds, log scale", fontsize=10
     )
     figure.tight_layout()
     return figure
@@ -128,7 +128,7 @@ def _cluster(plt: Any, rows: list[Row]) -> Any:
         for name in (peers.OURS, peers.ARRAYS, peers.TORCH, peers.KERAS)
     ]
     figure.legend(handles=handles, loc="lower center", ncols=4, frameon=False, fontsize=8)
-    figure.suptitle("Through a cluster: median time, seconds, log scale", fontsize=10)
+    figure.suptitle("Through a cluster: least time, seconds, log scale", fontsize=10)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     return figure
 
@@ -149,7 +149,7 @@ def _scale(plt: Any, rows: list[Row]) -> Any:
     for place, (curve, what) in zip(axes.flat, panels, strict=False):
         for name in COLORS:
             points = sorted(
-                (row["x"], row["median"])
+                (row["x"], row["minimum"])
                 for row in rows
                 if (row["curve"], row["figure"], row["peer"]) == (curve, what, name)
             )
@@ -195,7 +195,7 @@ def _groups(place: Any, labels: list[str], keys: list[tuple[str, str]], rows: li
     longest = 0.0
     for i, kind in enumerate(kinds):
         for j, (workload, figure) in enumerate(keys):
-            time = _median(rows, workload, kind, figure)
+            time = _least(rows, workload, kind, figure)
             if time:
                 y = j + (i - (len(kinds) - 1) / 2) * height
                 place.barh(y, time, height=height * 0.92, color=COLORS[kind])
@@ -209,6 +209,6 @@ def _groups(place: Any, labels: list[str], keys: list[tuple[str, str]], rows: li
     place.spines[["top", "right"]].set_visible(False)
 
 
-def _median(rows: list[Row], workload: str, peer: str, figure: str) -> float | None:
+def _least(rows: list[Row], workload: str, peer: str, figure: str) -> float | None:
     row = report.find(rows, workload, peer, figure)
-    return None if row is None else row.get("median")
+    return None if row is None else row.get("minimum")
