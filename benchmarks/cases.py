@@ -89,7 +89,7 @@ class Settings:
     tasks: int = 1000
     layers: tuple[int, ...] = (1, 3, 10, 30, 100, 300, 1000)
     sizes: tuple[int, ...] = tuple(1 << power for power in range(10, 31, 2))
-    workers: tuple[int, ...] = (1, 3, 10, 30, 100, 300)
+    workers: tuple[int, ...] = (1, 3, 10, 30, 100)
     counts: tuple[int, ...] = (1, 10, 100, 1000, 10000)
 
     @classmethod
