@@ -33,6 +33,7 @@ import scale
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results.json"
+MAIN = ROOT / "benchmarks" / "results-main.json"
 IMAGES = ROOT / "docs" / "images"
 README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 
@@ -42,7 +43,7 @@ SECTIONS = ("peers", "cluster", "scale")
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="rows: benchmarks/results.json")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="rows: benchmarks/results*.json")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="pictures: docs/images")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--all", action="store_true", help="every workload, backend and section")
@@ -61,7 +62,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started ends
     whole = not (options.quick or asked or options.only)
     if whole:
-        options.json, options.images = options.json or RESULTS, options.images or IMAGES
+        options.json = options.json or (RESULTS if options.all else MAIN)
+        options.images = options.images or IMAGES
     results: dict[str, Any] = {"head": head(settings), "rows": []}
     for rows in measure(settings, sections):
         results["rows"] += rows

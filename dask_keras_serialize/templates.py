@@ -32,15 +32,18 @@ from dask import config as dask_config
 from dask_keras_serialize import by_config, by_value
 from dask_keras_serialize.aside import aside
 from dask_keras_serialize.backends import Array
-from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.header import FORMAT, Header
 from dask_keras_serialize.parts import Rebuilt
 from dask_keras_serialize.rebuild import Values, rebuilding, uncollected
 
 logger = logging.getLogger(__name__)
 
-#: How many architectures a process remembers, and bytes of all their templates.
-REMEMBERED, TEMPLATE_BYTES = 32, 64 << 20
+#: How many architectures a process remembers, and bytes of their templates beside the one used
+#: last.
+REMEMBERED, TEMPLATE_BYTES = 1000, 64 << 20
+
+#: How often in a row a template may fail of what the config can rebuild: a message may be at fault.
+FAILURES = 3
 
 #: How models by config were rebuilt in this process: "config", or "cloned".
 counts: Counter[str] = Counter()
@@ -79,6 +82,8 @@ class Known:
     ----------
     arrivals : int
     template : Template or None
+    failures : int
+        Of the template, since it was last cloned.
     refused : str
         Why there is no template; empty if nothing is against it.
     """
@@ -86,6 +91,7 @@ class Known:
     def __init__(self) -> None:
         self.arrivals = 0
         self.template: Template | None = None
+        self.failures = 0
         self.refused = ""
 
     @property
@@ -115,16 +121,19 @@ def load(body: dict[str, Any], values: Values, extras: list[Array]) -> Rebuilt:
         return by_config.load(body, values, extras)
     with rebuilding():
         known = _known.get(key)
+        failed: Exception | None = None
         if known is not None and known.template is not None:
             try:
                 return _clone(known, config, values)
-            except (DecodeError, MemoryError):  # this message's own, or this moment's
-                pass
-            except Exception as error:  # whatever it is, the config has none of it
-                known.refuse(values.header.owner, repr(error))
+            except Exception as error:  # the template's, this message's own, or this moment's
+                failed = error
         rebuilt = by_config.load(body, values, extras)
         counts["config"] += 1
         known = _remember(key)
+        if failed is not None:  # so it was not the message's, most likely
+            known.failures += 1
+            if known.failures == FAILURES:
+                known.refuse(values.header.owner, repr(failed))
         if known.arrivals > 1 and known.template is None and not known.refused:
             try:
                 known.template = _template_of(rebuilt.root)
@@ -158,7 +167,7 @@ def _parsed(body: dict[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         config = json.loads(body["config"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None  # by_config says how
     return config if isinstance(config, dict) else None
 
@@ -176,7 +185,7 @@ def _key(config: dict[str, Any], values: Values) -> bytes | None:
         ]
         # in the order of the config: Keras builds losses, metrics and outputs in it
         text = json.dumps([_without_values(config), rows, header.class_name, _light()])
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return None  # malformed: by_config says how
     return hashlib.blake2b(text.encode(), digest_size=20).digest()
 
@@ -186,7 +195,9 @@ def _light() -> list[Any]:
     remat = sys.modules.get("keras.src.backend.common.remat")
     mode = getattr(remat, "get_current_remat_mode", lambda: None)()
     defaults = (keras.config.floatx(), keras.config.epsilon(), keras.config.image_data_format())
-    return [sorted(keras.saving.get_custom_objects()), repr(mode and vars(mode)), defaults]
+    # attention layers ask for it when they are made
+    flash = getattr(keras.config, "is_flash_attention_enabled", lambda: None)()
+    return [sorted(keras.saving.get_custom_objects()), repr(mode and vars(mode)), defaults, flash]
 
 
 def _without_values(config: dict[str, Any]) -> dict[str, Any]:
@@ -247,8 +258,10 @@ def _clone(known: Known, config: dict[str, Any], values: Values) -> Rebuilt:
     by_config.finish(model, config["history"])
     if template.likeness:
         if _likeness(model) != template.likeness:
-            raise LookupError("its clone is not like it")
+            known.refuse(values.header.owner, "its clone is not like it")
+            raise LookupError(known.refused)
         known.template = template._replace(likeness=())
+    known.failures = 0
     values.placed_bytes += inner.placed_bytes
     values.placed_seconds += inner.placed_seconds
     counts["cloned"] += 1

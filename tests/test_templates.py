@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
+from keras.src.backend.common import global_state
 
 from dask_keras_serialize import by_value, shells, templates
 from dask_keras_serialize.errors import DecodeError, EncodeError
@@ -253,9 +254,48 @@ def test_a_clone_that_fails_falls_back(monkeypatch):
     def broken(*_):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(by_value, "load", broken)
-    zoo.assert_same(model, arrive(model))
-    assert templates.counts == {"config": 3}
+    monkeypatch.setattr(by_value._Load, "run", broken)
+    (known,) = templates._known.values()
+    for _ in range(templates.FAILURES):
+        assert not known.refused  # it may be the message's fault
+        zoo.assert_same(model, arrive(model))
+    assert "RuntimeError" in known.refused
+    assert templates.counts == {"config": 2 + templates.FAILURES}
+
+
+def test_one_odd_message_ends_no_cloning():
+    model = stack()
+    for _ in range(3):
+        arrive(model)
+    header, frames = encode(model)
+    header.body["placements"] = [[99, {}]]
+    decode(header, frames)
+    (known,) = templates._known.values()
+    assert (known.failures, known.refused) == (1, "")
+    arrive(model)
+    assert known.failures == 0
+    assert templates.counts["cloned"] == 2
+
+
+@pytest.mark.parametrize("config", ["[" * 200_000, '{"a":' * 100_000, "[]", "7"])
+def test_a_config_that_is_none_is_an_error(config):
+    header, frames = encode(stack())
+    header.body["config"] = config
+    with pytest.raises(DecodeError, match="config"):
+        decode(header, frames)
+
+
+def test_who_has_flash_attention_off_gets_no_clone_of_one_that_has_it_on():
+    inputs = keras.Input((4, 8))
+    model = keras.Model(inputs, layers.MultiHeadAttention(2, 4)(inputs, inputs))
+    before = keras.config.is_flash_attention_enabled()
+    for _ in range(3):
+        arrive(model)
+    try:
+        keras.config.disable_flash_attention()
+        assert arrive(model).layers[1]._flash_attention == keras.config.is_flash_attention_enabled()
+    finally:
+        global_state.set_global_attribute("flash_attention", before)  # None is neither
 
 
 def test_a_process_remembers_so_many(monkeypatch):
