@@ -60,7 +60,7 @@ class Settings:
     seed : int
         Of the weights.
     repetitions : int
-        Timed ones at most, warm-up apart, of each way.
+        Timed ones at most, warm-up apart, of each way; three where models are large.
     seconds : float
         After so many no more repetitions of a peer with a workload are begun; there is
         one at least.

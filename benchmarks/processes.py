@@ -180,6 +180,7 @@ def _workload(
     of: dict[str, str],
 ) -> list[Row]:
     running = {group: running[group] for group in dict.fromkeys(of.values())}
+    large = settings.is_large(workload)
     common: dict[str, Row] = {}
     failed: dict[str, str] = {}
     for process in running.values():
@@ -192,10 +193,11 @@ def _workload(
     memory: dict[str, Row] = {}
     timed: dict[str, list[Row]] = {name: [] for name in of}
     spent = dict.fromkeys(of, 0.0)
-    for repetition in range(1 + settings.repetitions):
+    repetitions = min(3, settings.repetitions) if large else settings.repetitions
+    for repetition in range(1 + repetitions):
         for name, group in of.items():
             enough = spent[name] > settings.seconds
-            if name == peers.KERAS and not settings.is_large(workload):
+            if name == peers.KERAS and not large:
                 enough &= repetition > 2  # everything is held against it: not one time alone
             if name in failed or enough:
                 continue
@@ -207,12 +209,12 @@ def _workload(
             seconds = row["out"]["seconds"] + row["in"]["seconds"]
             if repetition == 0:
                 memory[name] = row
-                if name == peers.OURS and not settings.is_large(workload):
+                if name == peers.OURS and not large:
                     with contextlib.suppress(MeasuringError):
                         for _ in range(2):  # from the third time on models are cloned
                             running[group].ask("repeat", name, False)
                 # of what takes so long with a large model, the warm-up has to do
-                slow = settings.is_large(workload) and seconds > 2 * settings.seconds
+                slow = large and seconds > 2 * settings.seconds
                 spent[name] = settings.seconds + 1 if slow else 0.0
             else:
                 timed[name].append(row)
@@ -228,11 +230,11 @@ def _workload(
             if name in failed:
                 rows.append(row | {"failed": failed[name]})
                 continue
-            repetitions = timed[name] or [memory[name]]
+            counted = timed[name] or [memory[name]]
             rows.append(
                 row
                 | {key: value for key, value in memory[name][figure].items() if key != "seconds"}
-                | meter.times([each[figure]["seconds"] for each in repetitions])
+                | meter.times([each[figure]["seconds"] for each in counted])
             )
     return rows
 
@@ -281,6 +283,7 @@ def serve(line: Connection, settings: cases.Settings, group: str) -> None:
                 opened[name] = str(meter.reason(error))
         if (failure := opened[name]) is not None:
             raise MeasuringError(failure)
+        gc.collect()  # what came back the last time is in cycles
         meter.fits(peer.room * held["bytes"])
         return meter.repeat(peer, held["model"], held["bytes"], memory)
 
