@@ -78,7 +78,7 @@ class Settings:
     """
 
     seed: int = 20260
-    repetitions: int = 7
+    repetitions: int = 5
     seconds: float = 1.0
     dense_bytes: int = 1 << 30
     big_bytes: int = 4 << 30

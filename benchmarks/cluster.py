@@ -35,7 +35,6 @@ from meter import MeasuringError, Row
 #: Arguments of ``Client.scatter``; a hash reads every byte before it is sent.
 SCATTERS: dict[str, dict[str, Any]] = {
     "scatter": {},
-    "scatter, hash=False": {"hash": False},
     "scatter, direct, hash=False": {"hash": False, "direct": True},
     "broadcast to 4": {"broadcast": True},
 }
@@ -50,7 +49,6 @@ ENOUGH = 20.0
 FIGURES: dict[str, tuple[str, ...]] = {
     "ask": (cases.RESNET, cases.LAYERS, cases.DENSE),
     **dict.fromkeys(SCATTERS, (cases.RESNET, cases.DENSE)),
-    "scatter, hash=False": (cases.RESNET,),
     FASTEST: (cases.RESNET, cases.LAYERS, cases.DENSE),
     "refused": (cases.RESNET,),
     "tasks": (cases.RESNET,),

@@ -33,7 +33,7 @@ def spill(bed: Bed) -> Iterator[Row]:
             (kind, way): [] for way in ("spill", "back") for kind in bed.kinds
         }
         sums = {kind: values.checksum(value) for kind, value in bed.kinds.items()}
-        turns = 1 + min(bed.settings.turns, 2 if bed.nbytes >= 512 << 20 else 5)
+        turns = 1 + min(bed.settings.turns, 1 if bed.nbytes >= 512 << 20 else 5)
         for turn in range(turns):
             for kind, value in bed.kinds.items():
                 bed.make_room(4)  # the file too is in memory

@@ -151,7 +151,7 @@ class Scikeras(Keras):
     """Scikeras's ``__reduce__``, which importing it puts in the place of Keras's."""
 
     name = SCIKERAS
-    only = (cases.RESNET, cases.RESNET_ADAM, cases.TINY)
+    only = (cases.RESNET, cases.TINY)
 
     def open(self) -> None:
         import keras
@@ -168,6 +168,7 @@ class Old(Dask):
     """
 
     name = OLD
+    only = tuple(w for w in cases.WORKLOADS if w not in (cases.DENSE, cases.DENSE_BIG))
     registered = False
     room = 4.0
 

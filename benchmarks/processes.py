@@ -275,6 +275,7 @@ def serve(line: Connection, settings: cases.Settings, group: str) -> None:
         (dask_keras_serialize.register if peer.registered else dask_keras_serialize.unregister)()
         if name not in opened:
             try:
+                gc.collect()  # or what another peer brought back stays for good
                 peer.open()
                 gc.freeze()
                 meter.repeat(peer, cases.tiny(), 0, False)
