@@ -4,7 +4,7 @@ Three sections, one heavy process at a time: "peers", out and in beside what peo
 use instead (``processes``, ``peers``); "cluster", through real processes (``cluster``);
 "scale", against layers, bytes, workers and tasks (``scale``). Every result is compared
 after its time was taken. Prints every row and how the targets were met. Without arguments
-it takes the main workloads on TensorFlow, in under 15 minutes on two cores, and writes the
+it takes the main workloads on TensorFlow, in about 15 minutes on two cores, and writes the
 rows as JSON, pictures, and the tables of README.md; with ``--all`` it takes every workload,
 backend and section, and writes those of docs/performance.md too. A quick run, or one of
 some sections or workloads, writes only what it is asked for. Nothing here fails for being
