@@ -153,18 +153,25 @@ def build(workload: str, settings: Settings) -> keras.Model:
 
     keras.utils.set_random_seed(settings.seed)
     model = _BUILDERS[workload](settings)
-    fill(model, settings.seed)
-    return model
+    return model if settings.bytes_of(workload) else fill(model, settings.seed)
 
 
-def dense(nbytes: int, dtype: str = "float32") -> keras.Model:
-    """Build a model of one kernel of so many bytes, whose numbers are not set yet."""
+def dense(nbytes: int, seed: int, dtype: str = "float32") -> keras.Model:
+    """Build a model of one kernel of so many bytes, with seeded weights from the start.
+
+    With zeros first, TensorFlow's oneDNN allocator, which gives nothing back, would keep
+    as much memory again.
+    """
     import keras
 
     count = nbytes // (2 if "16" in dtype else 4)
     rows = 1 << (count.bit_length() // 2)
     units = max(1, count // rows)
-    layer = keras.layers.Dense(units, use_bias=False, kernel_initializer="zeros", dtype=dtype)
+
+    def kernel(shape: tuple[int, ...], dtype: str) -> Any:
+        return keras.ops.convert_to_tensor(_numbers(_block(seed), 0, shape), dtype)
+
+    layer = keras.layers.Dense(units, use_bias=False, kernel_initializer=kernel, dtype=dtype)
     model = keras.Sequential([keras.layers.Input((rows,)), layer])
     layer.kernel_initializer = keras.initializers.GlorotUniform()  # what it has in real life
     return model
@@ -186,20 +193,29 @@ def tiny() -> keras.Model:
     return keras.Sequential([keras.layers.Input((2,)), keras.layers.Dense(2)])
 
 
-def fill(model: keras.Model, seed: int) -> None:
-    """Give all floating-point variables seeded random numbers."""
-    rng = np.random.default_rng(seed)
-    block = rng.random(_BLOCK // 4, np.float32)
+def fill(model: keras.Model, seed: int) -> keras.Model:
+    """Give all floating-point variables seeded random numbers; return the model."""
+    block = _block(seed)
     for place, variable in enumerate(values.variables(model)):
         if variable.shape and "float" in str(variable.dtype):
-            size = int(np.prod(variable.shape))
-            numbers = np.resize(np.roll(block, 31 * place), size).reshape(variable.shape)
-            if numbers.ndim > 1:  # so that what a model predicts is finite
-                numbers *= 2 * numbers.shape[-1] / size
-            variable.assign(numbers)
+            variable.assign(_numbers(block, place, variable.shape))
     for layer in model._flatten_layers():
         if hasattr(layer, "finalize_state"):  # as after loading weights
             layer.finalize_state()
+    return model
+
+
+def _block(seed: int) -> Array:
+    return np.random.default_rng(seed).random(_BLOCK // 4, np.float32)
+
+
+def _numbers(block: Array, place: int, shape: tuple[int, ...]) -> Array:
+    """Repeat a block, from another place for each variable."""
+    size = int(np.prod(shape))
+    numbers = np.resize(np.roll(block, 31 * place), size).reshape(shape)
+    if numbers.ndim > 1:  # so that what a model predicts is finite
+        numbers *= 2 * numbers.shape[-1] / size
+    return numbers
 
 
 def touch(nbytes: int) -> None:
@@ -302,8 +318,8 @@ _BUILDERS: dict[str, Callable[[Settings], keras.Model]] = {
     BERT: _bert,
     LAYERS: lambda _: many_layers(1000),
     TINY: lambda _: tiny(),
-    FLOAT16: lambda settings: dense(settings.half_bytes, "float16"),
-    BFLOAT16: lambda settings: dense(settings.half_bytes, "bfloat16"),
-    DENSE: lambda settings: dense(settings.dense_bytes),
-    DENSE_BIG: lambda settings: dense(settings.big_bytes),
+    FLOAT16: lambda settings: dense(settings.half_bytes, settings.seed, "float16"),
+    BFLOAT16: lambda settings: dense(settings.half_bytes, settings.seed, "bfloat16"),
+    DENSE: lambda settings: dense(settings.dense_bytes, settings.seed),
+    DENSE_BIG: lambda settings: dense(settings.big_bytes, settings.seed),
 }

@@ -180,8 +180,7 @@ def tasks(bed: Bed) -> Iterator[Row]:
 def without(bed: Bed) -> Iterator[Row]:
     """Map with a model that is small enough for Keras's pickle, on and off."""
     assert bed.cluster
-    bed.model = cases.dense(SMALL)
-    cases.fill(bed.model, bed.settings.seed)
+    bed.model = cases.dense(SMALL, bed.settings.seed)
     bed.nbytes = values.nbytes(bed.model)
     size = cases.readable(SMALL)
     count = min(SMALL_TASKS, bed.settings.tasks)

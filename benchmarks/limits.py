@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import cases
 import numpy as np
 import peers
 import values
@@ -19,6 +20,9 @@ class Config(peers.Peer):
     """``serialize_keras_object`` and its counterpart: what whoever uses configs has to do."""
 
     name = peers.CONFIG
+    # the big one is of one layer too, but drawing its initial numbers leaves TensorFlow's
+    # oneDNN allocator with memory for three of it, which no other peer can have
+    never = (cases.DENSE_BIG,)
 
     def dump(self, source: Any) -> peers.Wire:
         import keras
@@ -94,5 +98,6 @@ def chosen(group: str, workload: str, first: bool) -> list[str]:
     return [
         peer.name
         for peer in GROUPS[group]
-        if (not peer.only or workload in peer.only) and (first or peer.name in FEWER)
+        if (not peer.only or workload in peer.only) and workload not in peer.never
+        if first or peer.name in FEWER
     ]

@@ -54,12 +54,15 @@ class Peer:
     only : tuple of str
         The workloads it is measured on, if not on all: it says the same of others as its
         likes do, and takes long.
+    never : tuple of str
+        The workloads it is not measured on, for like reasons.
     """
 
     name = OURS
     registered = True
     room = 2.0
     only: tuple[str, ...] = ()
+    never: tuple[str, ...] = ()
 
     def open(self) -> None:
         """Import and start what is needed, once in a process."""
@@ -168,7 +171,7 @@ class Old(Dask):
     """
 
     name = OLD
-    only = tuple(w for w in cases.WORKLOADS if w not in (cases.DENSE, cases.DENSE_BIG))
+    never = (cases.DENSE, cases.DENSE_BIG)
     registered = False
     room = 4.0
 

@@ -133,22 +133,19 @@ class _Bench:
 
     def bytes(self, nbytes: int) -> Iterator[Row]:
         meter.fits(8 * nbytes)
-        model = cases.dense(nbytes)
-        cases.fill(model, self.settings.seed)
+        model = cases.dense(nbytes, self.settings.seed)
         yield from self._there_and_back("bytes", model)
         yield from self._turns("scatter", model, self._scatter, "checksums")
 
     def workers(self, count: int) -> Iterator[Row]:
         client = self._client("hosted", 0)
         self._host(client, count)
-        model = cases.dense(SMALL)
-        cases.fill(model, self.settings.seed)
+        model = cases.dense(SMALL, self.settings.seed)
         yield from self._turns("broadcast", model, self._broadcast, "checksums")
         yield from self._turns("a task on each", model, self._task_on_each, "results")
 
     def tasks(self, count: int) -> Iterator[Row]:
-        model = cases.dense(SMALL)
-        cases.fill(model, self.settings.seed)
+        model = cases.dense(SMALL, self.settings.seed)
 
         def run(value: Any) -> float:
             client = self._client("four", 4)
