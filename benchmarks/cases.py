@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import values
-from values import Array, digest, weights
+from values import Array
 
 if TYPE_CHECKING:
     import keras
 
-__all__ = ["Array", "Settings", "build", "digest", "environment", "tiny", "touch", "weights"]
+__all__ = ["Array", "Settings", "build", "environment", "tiny", "touch"]
 
 RESNET = "ResNet50"
 RESNET_ADAM = "ResNet50 with Adam"
@@ -44,7 +44,7 @@ WORKLOADS = (
 MAIN = (RESNET, RESNET_ADAM, TINY, DENSE)
 
 #: Those that are measured on the other backends too.
-ON_ALL_BACKENDS = (RESNET, RESNET_ADAM, EFFICIENTNET)
+ON_ALL_BACKENDS = (RESNET, RESNET_ADAM, EFFICIENTNET, DENSE)
 
 #: Bytes of random numbers that large variables repeat: making more takes seconds, and no
 #: compressor looks back so far.

@@ -1,9 +1,10 @@
 """Find regressions: python benchmarks/compare.py OLD.json NEW.json [--tolerance 1.3].
 
 Compares each row that both files have by its ratio to its limit's row of the same run
-(``report.limit_of``), never by seconds: another machine, or a busy one, slows both. Prints
-the rows beyond the tolerance, and those that only one file has; the exit status is 1 if
-there are rows beyond it, 2 if the files cannot be used.
+(``report.limit_of``), never by seconds: another machine, or a busy one, slows both. Bytes, of
+memory, copies and the wire, are compared as they are, and so is what came back equal. Prints what
+is worse, and what cannot be compared; the exit status is 1 if anything is worse or is not measured
+any more (but for ``--part``), 2 if the files cannot be used.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ Row = dict[str, Any]
 #: Times below it say more about the clock and the scheduler of the system, in seconds.
 FLOOR = 0.0005
 
+#: Of the bytes of the model: what allocators keep and give back differs by as much.
+SLACK = 0.04
+
+#: Said of a row that only the older file has.
+GONE = "not measured any more"
+
 #: The peers whose rows are this package's.
 OURS = (peers.OURS, peers.OURS_FIRST, peers.OURS_PICKLE, peers.RAY)
 
@@ -32,6 +39,7 @@ def main() -> int:
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     parser.add_argument("--tolerance", type=float, default=1.3, help="1.3: a third more is found")
+    parser.add_argument("--part", action="store_true", help="NEW has a part of OLD's rows")
     options = parser.parse_args()
     try:
         old, new = (read(path) for path in (options.old, options.new))
@@ -44,10 +52,14 @@ def main() -> int:
             f"{row['name']}: {row['old']:.3g} -> {row['new']:.3g} of {row['limit']}, "
             f"{row['new'] / row['old']:.2f} times as much"
         )
+    bytes_worse = more_bytes(old, new, options.tolerance)
+    for line in bytes_worse:
+        print(line)
     for name in skipped:
         print(f"not compared: {name}")
     print(f"{compared} rows compared, {len(worse)} beyond {options.tolerance:g}")
-    return 1 if worse else 0
+    gone = [] if options.part else [name for name in skipped if name.endswith(GONE)]
+    return 1 if worse or bytes_worse or gone else 0
 
 
 def read(path: Path) -> list[Row]:
@@ -109,13 +121,30 @@ def compare(old: list[Row], new: list[Row], tolerance: float) -> tuple[list[Row]
         if now / was > tolerance and not small:
             worse.append({"name": name, "limit": limit, "old": was, "new": now})
     skipped += [
-        f"{_name(row)}: not measured any more"
+        f"{_name(row)}: {GONE}"
         for row in old
         if row["peer"] in OURS and _counterpart(row, new) is None
     ]
     if not compared:
         raise ValueError("the files have no row in common")
     return worse, compared, skipped
+
+
+def more_bytes(old: list[Row], new: list[Row], tolerance: float) -> list[str]:
+    """Say which rows take, copy or send more bytes than they did, or bring back other things."""
+    found = []
+    for row in new:
+        before = _counterpart(row, old)
+        if row["peer"] not in OURS or before is None or "failed" in row or "failed" in before:
+            continue
+        if row.get("equal") != before.get("equal"):
+            found.append(f"{_name(row)}: {before.get('equal')} -> {row.get('equal')}")
+        slack = SLACK * (row.get("weights_bytes") or 0)
+        for key in ("extra_bytes", "copied_bytes", "wire_bytes"):
+            was, now = before.get(key), row.get(key)
+            if was is not None and now is not None and now > max(was, 0) * tolerance + slack:
+                found.append(f"{_name(row)}: {key} {was:,} -> {now:,}")
+    return found
 
 
 def _name(row: Row) -> str:

@@ -305,7 +305,7 @@ class OursFirst(Ours):
     """The same, where the process has not seen the architecture before (``templates.py``)."""
 
     name = OURS_FIRST
-    only = (cases.RESNET, cases.RESNET_ADAM, cases.EFFICIENTNET, cases.LAYERS)
+    only = (cases.RESNET, cases.RESNET_ADAM, cases.EFFICIENTNET, cases.LAYERS, cases.DENSE)
 
     def load(self, blob: Any, buffers: list[Any]) -> Any:
         from dask_keras_serialize import templates

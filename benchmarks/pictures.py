@@ -32,9 +32,6 @@ COLORS = {
     peers.MEMCPY: "#cccccc",
 }
 
-#: Of the first picture, from what is ours to the limits.
-_SIDE_BY_SIDE = tuple(name for name in COLORS if name not in (peers.RAY, peers.RAY_KERAS))
-
 
 def draw(results: Row, folder: Path) -> list[Path]:
     """Draw what the rows have; a picture without any row of its own is left out.
@@ -84,7 +81,7 @@ def _side_by_side(plt: Any, rows: list[Row]) -> Any:
     wanted = (cases.RESNET, cases.RESNET_ADAM, cases.BERT, *large[:1])
     workloads = [name for name in wanted if any(row["workload"] == name for row in rows)]
     workloads = workloads or [rows[0]["workload"]]
-    names = [name for name in _SIDE_BY_SIDE if any(row["peer"] == name for row in rows)]
+    names = [name for name in COLORS if any(row["peer"] == name for row in rows)]
     figure, axes = plt.subplots(
         2, len(workloads), figsize=(2.9 * len(workloads) + 1.6, 5.4), squeeze=False, sharey=True
     )

@@ -202,6 +202,8 @@ def _workload(
             if name in failed or enough:
                 continue
             try:
+                for _ in range(2 if name == peers.OURS and repetition == 0 else 0):
+                    running[group].ask("repeat", name, False)  # from the third time on: clones
                 row = running[group].ask("repeat", name, repetition == 0)
             except MeasuringError as error:
                 failed[name] = str(error)
@@ -209,10 +211,6 @@ def _workload(
             seconds = row["out"]["seconds"] + row["in"]["seconds"]
             if repetition == 0:
                 memory[name] = row
-                if name == peers.OURS and not large:
-                    with contextlib.suppress(MeasuringError):
-                        for _ in range(2):  # from the third time on models are cloned
-                            running[group].ask("repeat", name, False)
                 # of what takes so long with a large model, the warm-up has to do
                 slow = large and seconds > 2 * settings.seconds
                 spent[name] = settings.seconds + 1 if slow else 0.0

@@ -57,6 +57,8 @@ TARGETS = (
     ),
     Target(_DENSE, "in", "times as fast", 100),
     Target(_DENSE, "in", "extra", 1.0),
+    *(Target(_DENSE, "in", "times as fast", 100, backend=name) for name in ("jax", "torch")),
+    *(Target(_DENSE, "in", "extra", 1.0, backend=name) for name in ("jax", "torch")),
     Target(cases.LAYERS, "in", "times the time", 1.3, peers.CONFIG, peers.OURS_FIRST),
     *(
         Target(_DENSE, figure, "times the time", 1.1, peers.ARRAYS)

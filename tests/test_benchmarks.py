@@ -89,6 +89,26 @@ def test_the_tolerance_is_what_was_asked_for(tmp_path):
     assert compared(tmp_path, rows(), rows(ours=0.06), "--tolerance", 1.4).returncode == 1
 
 
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ({"extra_bytes": 90 << 20}, "extra_bytes 1,048,576 -> 94,371,840"),
+        ({"copied_bytes": 90 << 20}, "copied_bytes 0 -> 94,371,840"),
+        ({"equal": "weights"}, "all variables -> weights"),
+    ],
+)
+def test_more_bytes_or_less_that_is_equal_is_worse(tmp_path, now, said):
+    before = {"extra_bytes": 1 << 20, "copied_bytes": 0, "equal": "all variables"}
+    old, new = rows(), rows()
+    old[0] |= before
+    new[0] |= before
+    assert compared(tmp_path, old, new).returncode == 0
+    new[0] |= now
+    done = compared(tmp_path, old, new)
+    assert done.returncode == 1
+    assert said in done.stdout
+
+
 def test_what_fails_now_is_worse(tmp_path):
     new = rows()
     new[0] = {k: new[0][k] for k in ("workload", "peer", "figure", "backend", "weights_bytes")}
@@ -96,6 +116,13 @@ def test_what_fails_now_is_worse(tmp_path):
     done = compared(tmp_path, rows(), new)
     assert done.returncode == 1
     assert "inf times as much" in done.stdout
+
+
+def test_a_row_that_is_gone_is_worse_unless_a_part_was_measured(tmp_path):
+    done = compared(tmp_path, rows(), rows()[1:])
+    assert done.returncode == 1
+    assert "not measured any more" in done.stdout
+    assert compared(tmp_path, rows(), rows()[1:], "--part").returncode == 0
 
 
 def test_rows_without_a_limit_are_named(tmp_path):
