@@ -29,6 +29,7 @@ from dask_keras_serialize.backends import Array
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.parts import Description, Key, Rebuilt
 from dask_keras_serialize.rebuild import Values, assign_rest, rebuilding, values_at_creation
+from dask_keras_serialize.vetting import Vetted
 
 
 def dump(model: keras.Model) -> Description | str:
@@ -124,12 +125,13 @@ def _uncopied() -> Iterator[None]:
         module.copy = copy
 
 
-def load(body: dict[str, Any], values: Values, extras: list[Array]) -> Rebuilt:
+def load(vetted: Vetted, values: Values, extras: list[Array]) -> Rebuilt:
     """Rebuild a model from what :func:`dump` described.
 
     Parameters
     ----------
-    body : dict
+    vetted : Vetted
+        What :func:`vetting.read` made of it; its config is emptied.
     values : Values
     extras : list of ndarray of uint8
 
@@ -149,8 +151,12 @@ def load(body: dict[str, Any], values: Values, extras: list[Array]) -> Rebuilt:
     owner = values.header.owner
     with rebuilding():
         try:
-            config = json.loads(body["config"])
-            with _defaults(config["policy"], config["floatx"]), values_at_creation(values) as given:
+            config = vetted.config
+            with (
+                keras.saving.custom_object_scope(vetted.classes),
+                _defaults(config["policy"], config["floatx"]),
+                values_at_creation(values) as given,
+            ):
                 model = keras.saving.deserialize_keras_object(config["model"], safe_mode=True)
                 remember(model, config["seeds"], config["paths"])
                 _freeze(model, config["frozen"], values)
@@ -248,7 +254,12 @@ def remember(model: keras.Model, seeds: list[tuple[int, str, int]], paths: list[
     """Give layers what they drew, and were named, when they were made."""
     layers = [model, *private.flatten_layers(model)]
     for i, name, seed in seeds:
-        getattr(layers[i], name).seed = seed
+        initializer = vars(layers[i]).get(name)
+        if not isinstance(initializer, keras.Initializer):
+            raise DecodeError(
+                f"model {model.name!r}: a seed was sent for {name!r}, which draws none"
+            )
+        initializer.seed = seed
     for layer, path in zip(layers, paths, strict=True):
         layer.__dict__["_path"] = path
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import keras
 
-from dask_keras_serialize import backends, private
+from dask_keras_serialize import backends, private, vetting
 from dask_keras_serialize.aside import aside
 from dask_keras_serialize.layerwise import functional, layer_loss, model_loss
 from dask_keras_serialize.likeness import (
@@ -115,10 +115,11 @@ def _foreign(config: Any) -> str | None:
                 if name == "__lambda__":
                     return "a lambda"
                 registered = node.get("registered_name")
+                own = _of_keras(node.get("module")) and registered in (None, "", name)
                 if (
                     name != "function"
                     and not str(name).startswith("__")
-                    and (not _of_keras(node.get("module")) or (registered and registered != name))
+                    and not (own or vetting.is_listed(node.get("module")))
                 ):
                     return f"class {name!r}"
             node = node.values()

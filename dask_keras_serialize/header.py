@@ -35,6 +35,9 @@ FORMAT_VERSION = 1
 
 Encoding = Literal["config", "value"]
 
+#: As many as NumPy has.
+MOST_AXES = 64
+
 #: Keras's dtype whose elements have no size; see :mod:`dask_keras_serialize.strings`.
 STRING = "string"
 
@@ -231,16 +234,22 @@ class Header:
         )
 
     def _check(self) -> None:
-        if self.byteorder != sys.byteorder:
+        swapped = self.byteorder == {"little": "big", "big": "little"}[sys.byteorder]
+        if self.byteorder != sys.byteorder and not (swapped and self.encoding == "config"):
             raise DecodeError(
-                f"{self.owner}: sent by a {self.byteorder}-endian machine, which this "
-                f"{sys.byteorder}-endian one cannot read"
+                f"{self.owner}: sent by value by a {self.byteorder}-endian machine (Python "
+                f"{self.versions.get('python')}, keras {self.versions.get('keras')}), which this "
+                f"{sys.byteorder}-endian one (Python {python_version()}) cannot read: send a model "
+                "that travels by its config"
             )
         if len(self.frame_sizes) != len(self.fingerprints):
             raise DecodeError(f"{self.owner}: malformed header: sizes and fingerprints differ")
         for v in self.variables:
             if v.dtype not in ITEMSIZE:
                 raise DecodeError(f"{self.owner}: variable {v.path!r} has unknown dtype {v.dtype}")
+            # no backend can hold it, of no bytes either, and some end the process over it
+            if len(v.shape) > MOST_AXES or math.prod(n or 1 for n in v.shape) > sys.maxsize // 16:
+                raise DecodeError(f"{self.owner}: variable {v.path!r} has no possible shape")
             need = math.prod(v.shape) * ITEMSIZE[v.dtype]
             if v.dtype == STRING and v.location.nbytes >= need:
                 continue

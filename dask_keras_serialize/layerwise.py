@@ -19,13 +19,13 @@ from dask_keras_serialize.likeness import argument_lost, keras_finds, kind
 _SET_FROM_OUTSIDE = frozenset({"history", "stop_training", "_keras_mask", "train_function"})
 
 #: Layers of Keras's own whose state or code a config cannot carry.
-_NEVER_BY_CONFIG = ("Lambda", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer")
+NEVER_BY_CONFIG = ("Lambda", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer")
 
 
 def layer_loss(layer: keras.Layer) -> str | None:
     """Name the first thing that the config of a layer inside a model would lose."""
     where = f"layer {layer.name!r}"
-    if type(layer).__name__ in _NEVER_BY_CONFIG:
+    if type(layer).__name__ in NEVER_BY_CONFIG:
         return f"{where} is a {type(layer).__name__}, which holds code"
     if isinstance(layer, keras.Model):
         if type(layer) not in (keras.Sequential, keras.Model, functional()):

@@ -30,11 +30,11 @@ def kind(cls: Any) -> str:
 
 def keras_finds(function: Any) -> bool:
     """Say whether Keras finds this very function by its name."""
-    return any(found is function for found in _named(getattr(function, "__name__", "")))
+    return any(found is function for found in functions_named(getattr(function, "__name__", "")))
 
 
 @functools.lru_cache(256)
-def _named(name: str) -> tuple[Any, ...]:
+def functions_named(name: str) -> tuple[Any, ...]:
     """Return what Keras finds by a name; by name, for a cache of functions would keep them."""
     found = []
     for registry in (keras.activations, keras.losses, keras.metrics):

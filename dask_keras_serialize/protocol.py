@@ -22,6 +22,7 @@ from dask_keras_serialize import (
     cuda,
     fingerprints,
     frames,
+    garbage,
     meters,
     private,
     states,
@@ -230,6 +231,7 @@ def decode_parts(
     -------
     Rebuilt
     """
+    garbage.make_room(header.nbytes)
     values = values_of(header, parts)
     try:
         locations = [frames.Location(*map(int, row)) for row in header.body["extras"]]
@@ -249,6 +251,7 @@ def decode_parts(
         rebuilt = templates.load(header.body, values, extras)
     else:
         rebuilt = by_value.load(header.body, values, extras, links)
+    garbage.watch(rebuilt.root, header.nbytes)
     meters.count(meters.PLACE, values.placed_seconds, "seconds")
     meters.count(meters.PLACE, values.placed_bytes, "bytes")
     return rebuilt

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import threading
 import time
 from collections import defaultdict, deque
@@ -21,12 +22,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import keras
+import numpy as np
 
 from dask_keras_serialize import backends, private, strings
 from dask_keras_serialize.aside import own_random
 from dask_keras_serialize.cuda import DeviceFrame
 from dask_keras_serialize.errors import DecodeError
-from dask_keras_serialize.frames import LARGE, AnyFrame, unpack
+from dask_keras_serialize.frames import LARGE, AnyFrame, Bytes, unpack
 from dask_keras_serialize.header import ITEMSIZE, STRING, Header, numpy_dtype
 
 #: ``id(variable)`` to the index of its value, and the variable, so that the id stays its.
@@ -58,19 +60,25 @@ class Values:
         try:
             placements = header.body.get("placements", ())
             self._placements = {int(index): list(placement) for index, placement in placements}
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise DecodeError(
                 f"{header.owner}: malformed header: {error!r}; send it again"
             ) from None
 
     def array(self, index: int) -> backends.Array:
-        """Return variable ``index`` as a view of the frames, read-only as they are."""
+        """Return variable ``index`` as a view of the frames, read-only as they are.
+
+        A copy if it was sent by a machine of the other byte order.
+        """
         entry = self.header.variables[index]
         owner = f"{self.header.owner}: variable {entry.path!r}"
         raw = unpack(self.frames, entry.location, owner)
         if entry.dtype == STRING:
             return strings.from_bytes(raw, entry.shape, owner)
-        return raw.view(numpy_dtype(entry.dtype)).reshape(entry.shape)
+        dtype = numpy_dtype(entry.dtype)
+        if self.header.byteorder != sys.byteorder:
+            raw = _swapped(raw, dtype)
+        return raw.view(dtype).reshape(entry.shape)
 
     def tensor(self, index: int) -> Any:
         """Return variable ``index`` as a tensor of the backend; DecodeError if it has no such."""
@@ -82,7 +90,8 @@ class Values:
             )
         frame = self.frames[entry.location.frame]
         tensor = None
-        if isinstance(frame, DeviceFrame) and entry.dtype != STRING:
+        as_it_lies = entry.dtype != STRING and self.header.byteorder == sys.byteorder
+        if isinstance(frame, DeviceFrame) and as_it_lies:
             tensor = self.backend.device_tensor(frame, numpy_dtype(entry.dtype), entry.shape)
         if tensor is None:
             tensor = self.backend.tensor(self.array(index))
@@ -103,6 +112,12 @@ class Values:
         put(self.tensor(index))
         self.placed_seconds += time.perf_counter() - start
         self.placed_bytes += self.header.variables[index].location.nbytes
+
+
+def _swapped(raw: Bytes, dtype: np.dtype[Any]) -> Bytes:
+    """Return the bytes of numbers in this machine's order; of a complex one, of its halves."""
+    unit = dtype.itemsize // (2 if dtype.kind == "c" else 1)
+    return raw if unit == 1 else raw.view(f"u{unit}").byteswap().view(np.uint8)
 
 
 @contextmanager

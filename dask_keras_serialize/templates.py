@@ -15,6 +15,7 @@ that it was made of. Whatever is refused, and whatever fails, is rebuilt by conf
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -29,7 +30,7 @@ from typing import Any, NamedTuple
 import keras
 from dask import config as dask_config
 
-from dask_keras_serialize import by_config, by_value
+from dask_keras_serialize import by_config, by_value, vetting
 from dask_keras_serialize.aside import aside
 from dask_keras_serialize.backends import Array
 from dask_keras_serialize.header import FORMAT, Header
@@ -115,10 +116,12 @@ def load(body: dict[str, Any], values: Values, extras: list[Array]) -> Rebuilt:
     Takes, returns, raises and copies what :func:`by_config.load` does. A template holds no
     variable's bytes.
     """
-    config = None if extras else _parsed(body)
-    key = None if config is None else _key(config, values)
-    if config is None or key is None:
-        return by_config.load(body, values, extras)
+    with uncollected():
+        vetted = vetting.read(body.get("config"), values.header.owner)
+    config = vetted.config
+    key = _key(config, values) if _wanted() and not extras and not vetted.classes else None
+    if key is None:
+        return by_config.load(vetted, values, extras)
     with rebuilding():
         known = _known.get(key)
         failed: Exception | None = None
@@ -127,7 +130,7 @@ def load(body: dict[str, Any], values: Values, extras: list[Array]) -> Rebuilt:
                 return _clone(known, config, values)
             except Exception as error:  # the template's, this message's own, or this moment's
                 failed = error
-        rebuilt = by_config.load(body, values, extras)
+        rebuilt = by_config.load(vetted, values, extras)
         counts["config"] += 1
         known = _remember(key)
         if failed is not None:  # so it was not the message's, most likely
@@ -160,16 +163,9 @@ def forgotten() -> Iterator[None]:
         _known.update(known)
 
 
-@uncollected()
-def _parsed(body: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the config that arrived, or None if clones are turned off, or it is malformed."""
-    if not dask_config.get(f"{FORMAT}.clone", True):
-        return None
-    try:
-        config = json.loads(body["config"])
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return None  # by_config says how
-    return config if isinstance(config, dict) else None
+def _wanted() -> bool:
+    """Say whether models may be cloned; that is by value, if from this process alone."""
+    return all(dask_config.get(f"{FORMAT}.{name}", True) for name in ("clone", "by-value"))
 
 
 def _key(config: dict[str, Any], values: Values) -> bytes | None:
@@ -201,13 +197,11 @@ def _light() -> list[Any]:
 
 
 def _without_values(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config without what differs between models of one architecture.
-
-    It keeps all parts but ``compile``, which is the caller's own and gets no learning rate.
-    """
-    by_config.leave_rate_out(config["compile"])
+    """Return a config without what differs between models of one architecture."""
+    compiled = copy.deepcopy(config["compile"])
+    by_config.leave_rate_out(compiled)
     seeded = [(i, name) for i, name, _ in config["seeds"]]
-    return config | {"history": None, "seeds": seeded}
+    return config | {"history": None, "seeds": seeded, "compile": compiled}
 
 
 def _remember(key: bytes) -> Known:

@@ -1,0 +1,70 @@
+"""Replicas that nobody holds any more: freed before they fill the memory.
+
+A Keras model is a cycle of references: dropped, it waits for Python's garbage collector, which
+counts objects, not bytes, and takes one of few layers for nothing to run for, a GiB or not: some
+hundred of them pass before it looks. So it is counted here what of all that was rebuilt lives, in
+bytes, and the collector run, before more is rebuilt, when they have grown by as much as
+:data:`GROWTH` allows. What is young is collected first, which takes milliseconds; all of it, which
+takes some tenths of a second, only where that was not enough.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+#: By how many bytes, and what part of what was alive after the last time, rebuilt objects may
+#: grow before the collector runs.
+GROWTH, PART = 256 << 20, 0.25
+
+#: What was rebuilt and lives, with its bytes, by the ``id()`` of the reference: references are
+#: compared by what they refer to, which may have an opinion on that. Callbacks may come at any
+#: moment, in any thread: each step here is one of the dict's own.
+_alive: dict[int, tuple[weakref.ref[Any], int]] = {}
+
+#: Bytes that were alive when the collector ran last, as the one item.
+_left = [0]
+
+
+def watch(obj: Any, nbytes: int) -> None:
+    """Count what was rebuilt until it is freed.
+
+    Parameters
+    ----------
+    obj : object
+        Kept by a weak reference, if it takes any.
+    nbytes : int
+        What is freed with it.
+    """
+    try:
+        reference = weakref.ref(obj, _forget)
+    except TypeError:  # such as some tensors, which are in no cycle
+        return
+    _alive[id(reference)] = reference, nbytes
+
+
+def alive() -> int:
+    """Return the bytes of all that was rebuilt in this process and is not freed."""
+    return sum(nbytes for _, nbytes in list(_alive.values()))
+
+
+def make_room(nbytes: int) -> None:
+    """Run the collector if so much more would be too much, and the user has not turned it off.
+
+    Parameters
+    ----------
+    nbytes : int
+        That are about to be rebuilt.
+    """
+    if not gc.isenabled():
+        return
+    for generation in (1, 2):
+        if alive() + nbytes <= _left[0] + max(GROWTH, PART * _left[0]):
+            return
+        gc.collect(generation)
+    _left[0] = alive()
+
+
+def _forget(reference: weakref.ref[Any]) -> None:
+    _alive.pop(id(reference), None)

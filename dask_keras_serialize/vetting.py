@@ -1,0 +1,266 @@
+"""What a config may ask for: all of it is looked at before Keras builds anything.
+
+Keras builds what a config names: up to 3.8 out of any module, which it imports (CVE-2025-1550);
+later out of its own alone, with ways to call what is no layer (CVE-2025-8747, CVE-2025-9906), to
+load code (CVE-2025-49655) or to read files (CVE-2025-12058) that were closed one by one. A sender
+of this package sends by config only what is Keras's own and holds no code (``fidelity.py``), so
+whoever asks for more is not to be trusted, and gets nothing of what it asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import keras
+from dask import config as dask_config
+
+from dask_keras_serialize.errors import DecodeError
+from dask_keras_serialize.header import FORMAT, ITEMSIZE
+from dask_keras_serialize.layerwise import NEVER_BY_CONFIG
+from dask_keras_serialize.likeness import functions_named
+
+#: What Keras finds by ``class_name`` that is no class, and builds nothing but data.
+_DATA = frozenset({"__keras_tensor__", "__bytes__", "__ellipsis__", "__slice__"})
+
+#: The same, of numbers, whose dtype may ask for more memory than they have.
+_NUMBERS = frozenset({"__tensor__", "__numpy__"})
+
+#: Names that Keras registers its own classes under.
+_OWN_NAMES = (None, "Functional", "Sequential")
+
+#: Arguments that are data, or where to read it: a path, which would be this machine's.
+_FILES = ("vocabulary", "idf_weights")
+
+#: Arguments of operations that say how many tensors they make.
+_COUNTS = ("indices_or_sections", "num")
+
+#: More tensors no operation makes; building that many takes a second.
+MOST_TENSORS = 10_000
+
+
+class Vetted(NamedTuple):
+    """A config that may be built.
+
+    Attributes
+    ----------
+    config : dict
+        As it was sent; the receiver's to change.
+    classes : dict of str to type
+        Those of the user's own modules in it, by the names Keras looks them up by.
+    """
+
+    config: dict[str, Any]
+    classes: dict[str, type]
+
+
+def read(text: object, owner: str) -> Vetted:
+    """Read a config, trusting nothing.
+
+    Parameters
+    ----------
+    text : str
+        JSON, as ``by_config.dump`` wrote it.
+    owner : str
+        Whose it is, for the error.
+
+    Raises
+    ------
+    DecodeError
+        If it is no config of this package, or names anything that this process would have to
+        import, call or read for it: a class or function that is not Keras's own, nor in a module
+        that the setting ``dask-keras-serialize.modules`` lists; a layer that holds code; a file.
+
+    Notes
+    -----
+    Runs nothing; imports nothing but modules that the setting lists.
+    """
+    named: list[dict[str, Any]] = []
+
+    def note(node: dict[str, Any]) -> dict[str, Any]:
+        if "class_name" in node and "config" in node:
+            named.append(node)
+        return node
+
+    problem = f"{owner}: its config cannot be rebuilt here"
+    try:
+        config = json.loads(text, object_hook=note)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DecodeError(f"{problem}, it is malformed: {error!r}; send it again") from None
+    for key, fits in _FIELDS.items():
+        if not isinstance(config, dict) or not fits(config.get(key, ...)):
+            raise DecodeError(f"{problem}, it is malformed at {key!r}; send it again")
+    classes: dict[str, type] = {}
+    for node in named:
+        if reason := _refusal(node, classes):
+            raise DecodeError(f"{problem}: {reason}")
+    return Vetted(config, classes)
+
+
+def modules() -> tuple[str, ...]:
+    """Return the user's own modules whose classes may travel by config."""
+    listed = dask_config.get(f"{FORMAT}.modules", ())
+    return (listed,) if isinstance(listed, str) else tuple(listed or ())
+
+
+def is_listed(module: object) -> bool:
+    """Say whether a module is one of those, or in one."""
+    return isinstance(module, str) and any(f"{module}.".startswith(f"{m}.") for m in modules())
+
+
+def _refusal(node: dict[str, Any], classes: dict[str, type]) -> str | None:
+    """Say why what a node of a config names must not be built; collect the user's classes."""
+    name, module, inner = node["class_name"], node.get("module"), node["config"]
+    registered = node.get("registered_name")
+    if not isinstance(name, str) or not isinstance(registered, str | None):
+        return f"{name!r} is no name of a class"
+    if name in _DATA:
+        return None
+    if name in _NUMBERS:
+        dtype = inner.get("dtype") if isinstance(inner, dict) else None
+        return None if dtype in ITEMSIZE else f"it holds numbers of dtype {dtype!r}"
+    if name == "function":
+        known = functions_named(inner) if isinstance(inner, str) else ()
+        if known and (module == "builtins" or any(_symbol(module, inner) is f for f in known)):
+            return None
+        return f"the function {inner!r} of {module!r} is not Keras's own"
+    if name.startswith("__"):
+        return f"it holds a {name.strip('_')}, which is code"
+    if is_listed(module):
+        return _user_class(str(module), name, registered, classes)
+    cls = _symbol(module, name)
+    kinds = (*_KINDS, keras.dtype_policies.DTypePolicyMap)
+    if not isinstance(cls, type) or not issubclass(cls, kinds) or not _of_keras(cls.__module__):
+        return (
+            f"{name!r} of {module!r} is not a class of Keras's own, nor of a module that the "
+            f"setting {FORMAT}.modules lists"
+        )
+    if registered not in _OWN_NAMES and registered != name:
+        return f"{name!r} is registered as {registered!r}"
+    if issubclass(cls, _HOLDING_CODE):
+        return f"{name} holds code"
+    if isinstance(inner, dict):
+        for key in _FILES:
+            if isinstance(inner.get(key), str):
+                return f"{key} of {name} is a file of another machine"
+        for key in _COUNTS:
+            if isinstance(inner.get(key), int) and inner[key] > MOST_TENSORS:
+                return f"{name} asks for {inner[key]} tensors"
+    return None
+
+
+def _user_class(
+    module: str, name: str, registered: str | None, classes: dict[str, type]
+) -> str | None:
+    """Import and collect a class of a module that the user lists; say why not."""
+    try:
+        cls: Any = importlib.import_module(module)
+        for part in name.split("."):
+            cls = vars(cls)[part]
+    except (ImportError, KeyError, TypeError) as error:
+        return f"{name!r} of {module!r} is not there: {error!r}"
+    if not isinstance(cls, type) or not issubclass(cls, _KINDS):
+        return f"{name!r} of {module!r} is not a class of Keras's kinds"
+    key = keras.saving.get_registered_name(cls)
+    if registered not in (None, name, key):
+        return f"{name!r} is registered as {registered!r}"
+    if classes.setdefault(key, cls) is not cls:
+        return f"two classes {key!r}: register them by names of their own"
+    return None
+
+
+#: What is built from configs: the bases of Keras's own, and of the user's.
+_KINDS: tuple[type, ...] = (
+    keras.Operation,
+    keras.Loss,
+    keras.Metric,
+    keras.Optimizer,
+    keras.Initializer,
+    keras.Regularizer,
+    keras.constraints.Constraint,
+    keras.DTypePolicy,
+    keras.optimizers.schedules.LearningRateSchedule,
+)
+
+
+#: Of Keras's layers, which some backends have not all.
+_HOLDING_CODE = tuple(
+    getattr(keras.layers, name) for name in NEVER_BY_CONFIG if hasattr(keras.layers, name)
+)
+
+
+def _symbol(module: object, name: str) -> Any:
+    """Return what Keras has by a name, of what is loaded of it; None if it has no such."""
+    if not isinstance(module, str) or not _of_keras(module):
+        return None
+    found = sys.modules.get(module)
+    if found is None:  # the public names, such as keras.layers, may be no modules
+        found = keras
+        for part in module.split(".")[1:]:
+            found = vars(found).get(part) if isinstance(found, type(keras)) else None
+    return getattr(found, name, None) if name.isidentifier() else None
+
+
+def _of_keras(module: str) -> bool:
+    return f"{module}.".startswith("keras.")
+
+
+def _rows(*kinds: type | tuple[type, ...]) -> Callable[[object], bool]:
+    """Return what says whether a value is a list of rows of such fields."""
+    return lambda value: (
+        isinstance(value, list)
+        and all(
+            isinstance(row, list) and len(row) == len(kinds) and all(map(isinstance, row, kinds))
+            for row in value
+        )
+    )
+
+
+def _each(*kinds: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and all(isinstance(each, kinds) for each in value)
+
+
+def _is(*kinds: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, kinds)
+
+
+def _history(value: object) -> bool:
+    # its keys become attributes
+    return value is None or (
+        isinstance(value, Mapping) and value.keys() <= {"history", "epoch", "params"}
+    )
+
+
+def _asset(value: object) -> bool:
+    return _rows(int, str)(value) and all(
+        re.fullmatch(r"\w[\w.-]{0,200}", name)
+        for _, name in value  # type: ignore[attr-defined]
+    )
+
+
+def _trainer(value: object) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and value.keys() >= {"optimizer-built", "scaled", "metrics", "losses", "attributes"}
+        and isinstance(value["attributes"], dict)
+        and all(isinstance(v, (bool, int, str, None | str)) for v in value["attributes"].values())
+    )
+
+
+#: The fields of a config, and what says whether a value may be one's.
+_FIELDS: dict[str, Callable[[object], bool]] = {
+    "model": _is(dict),
+    "policy": _is(dict, str),
+    "floatx": _is(str),
+    "frozen": _each(int),
+    "seeds": _rows(int, str, int),
+    "paths": _each(str, type(None)),
+    "compile": _is(dict, type(None)),
+    "trainer": _trainer,
+    "history": _history,
+    "assets": _asset,
+}

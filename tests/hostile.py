@@ -1,0 +1,207 @@
+"""Messages that went wrong: mutations of good ones, and what has to become of each.
+
+The property tests (``test_hostile.py``) choose the mutations; here is what there is to choose
+from. A mutated message is either refused
+with one line of this package's own, or gives an object that holds, bit for bit, what the mutated
+header says that the mutated frames hold.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import msgpack
+import numpy as np
+
+from dask_keras_serialize import templates
+from dask_keras_serialize.errors import KerasSerializeError
+from dask_keras_serialize.fingerprints import fingerprints
+from dask_keras_serialize.frames import as_frames
+from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
+from tests import zoo
+
+#: Returns a number from 0 to below the one it is given.
+Choose = Callable[[int], int]
+
+Message = tuple[dict[str, Any], list[bytes]]
+
+#: What stands where something else should.
+STRANGE: list[Any] = [
+    None, True, False, -1, 0, 1, 3, 255, 2**31, 2**53 + 1, 2**63 - 1, 10**12, 1.5, float("nan"),
+    float("inf"), "", "x", "x" * 2000, "a\0b\n", "../..", "/etc/passwd", "__class__", "os",
+    "system", "keras", "keras.layers", "keras.ops", "keras.utils", "Lambda", "Dense", "Functional",
+    "function",
+    "float16", "float64", "string", "complex128", "int4", "object", "relu", "get_file", [], {},
+    [[]], [0], [None], [2**31, 2**31], [1] * 100, {"class_name": "Lambda", "config": {}},
+    {"class_name": "__lambda__", "config": {"value": ""}},
+    {"class_name": "__numpy__", "config": {"value": [1], "dtype": "S9999999"}},
+    functools.reduce(lambda inner, _: [inner], range(60), 0),
+    functools.reduce(lambda inner, _: {"class_name": inner, "config": {}}, range(20), "Dense"),
+]  # fmt: skip
+
+#: What of the zoo is mutated: what there is in headers and configs, in few bytes.
+MODELS = ("sequential", "trained", "trained two outputs", "vocabulary", "trained subclassed")
+
+
+@functools.cache
+def messages() -> list[Message]:
+    """Serialize the good ones, once in a process."""
+    good = []
+    for name in MODELS:
+        if name in zoo.ALL:
+            header, frames = serialize_keras(zoo.build(name))
+            good.append((header, [bytes(frame) for frame in frames]))
+    keras.utils.set_random_seed(0)
+    large = keras.Sequential([keras.Input((200,)), *map(keras.layers.Dense, (200, 200, 2))])
+    header, frames = serialize_keras(large)  # with frames beside the arena
+    return [*good, (header, [bytes(frame) for frame in frames])]
+
+
+def mutated(choose: Choose) -> Message:
+    """Choose a message, and what goes wrong with it: one thing, or several."""
+    good = messages()
+    header, frames = good[choose(len(good))]
+    header, frames = copy.deepcopy(header), list(frames)
+    by_value = header["encoding"] == "value"
+    for _ in range(1 + choose(3)):
+        what = choose(10)
+        if what < 4 and not by_value:
+            header["body"]["config"] = change_config(header["body"]["config"], choose)
+        elif what < 5 and not by_value:
+            header["body"]["config"] = cut(header["body"]["config"], choose)
+        elif what < 8:
+            header = change(header, choose)
+        else:
+            change_frames(frames, choose, bits=not by_value)
+        if not isinstance(header, dict) or not isinstance(header.get("body"), dict):
+            return header, frames
+        if not isinstance(header["body"].get("config", ""), str):
+            return header, frames
+        if not by_value:
+            header["body"].setdefault("config", "")
+        by_value |= header.get("encoding") != "config"  # nobody can mutate a pickle and be safe
+    if choose(2):
+        repair(header, frames)
+    return header, frames
+
+
+def change(value: Any, choose: Choose) -> Any:
+    """Change one thing somewhere in a nest of lists and dicts."""
+    inside = isinstance(value, (dict, list, tuple)) and len(value) > 0
+    if not inside or choose(8) == 0:
+        return STRANGE[choose(len(STRANGE))]
+    if isinstance(value, dict):
+        key = sorted(value, key=str)[choose(len(value))]
+        match choose(12):
+            case 0:
+                return {k: v for k, v in value.items() if k != key}
+            case 1:
+                return value | {str(STRANGE[choose(len(STRANGE))])[:20]: value[key]}
+            case _:
+                return value | {key: change(value[key], choose)}
+    items = list(value)
+    place = choose(len(items))
+    match choose(8):
+        case 0:
+            items.pop(place)
+        case 1:
+            items.insert(place, items[choose(len(items))])
+        case 2:
+            other = choose(len(items))
+            items[place], items[other] = items[other], items[place]
+        case 3:
+            items = items * (1 + choose(3))
+        case _:
+            items[place] = change(items[place], choose)
+    return items
+
+
+def change_config(text: str, choose: Choose) -> str:
+    """Change one thing in a config, if it still is one: mostly of what Keras would build."""
+    try:
+        config = json.loads(text)
+    except ValueError:
+        return text
+    within = ("model", "compile", "model", "")[choose(4)]
+    if isinstance(config, dict) and within in config:
+        return json.dumps(config | {within: change(config[within], choose)})
+    return json.dumps(change(config, choose))
+
+
+def cut(text: str, choose: Choose) -> str:
+    """Cut a piece out of a text, or put one in twice."""
+    if not text:
+        return text
+    start = choose(len(text))
+    end = min(len(text), start + 1 + choose(40))
+    return text[:start] + (text[start:end] * 2 if choose(2) else "") + text[end:]
+
+
+def change_frames(frames: list[bytes], choose: Choose, *, bits: bool) -> None:
+    """Lose, double, swap, cut, lengthen a frame, or flip a bit of it."""
+    if not frames:
+        frames.append(b"x")
+        return
+    place, other = choose(len(frames)), choose(len(frames))
+    frame = frames[place]
+    match choose(7 if bits else 5):
+        case 0:
+            frames.pop(place)
+        case 1:
+            frames.insert(other, frame)
+        case 2:
+            frames[place], frames[other] = frames[other], frame
+        case 3:
+            frames[place] = frame[: choose(len(frame) + 1)]
+        case 4:
+            frames[place] = frame + bytes(1 + choose(200))
+        case _ if frame:
+            at = choose(len(frame))
+            frames[place] = frame[:at] + bytes([frame[at] ^ (1 << choose(8))]) + frame[at + 1 :]
+
+
+def repair(header: dict[str, Any], frames: list[bytes]) -> None:
+    """Make the header say what the frames are, so that what follows gets to see them."""
+    marks, whole = fingerprints(as_frames(frames, "it"))
+    header["frame-sizes"] = [len(frame) for frame in frames]
+    header["fingerprints"], header["whole"] = list(marks), list(whole)
+
+
+def outcome(header: Any, frames: list[bytes]) -> str:
+    """Deserialize a message; say "refused" or "whole", AssertionError if it is neither."""
+    try:
+        wire = msgpack.unpackb(msgpack.packb(header), use_list=False)
+    except (ValueError, OverflowError):  # nothing that a comm could have brought
+        return "refused"
+    templates.forget()
+    reason = ""
+    try:
+        obj = deserialize_keras(wire, list(frames))
+    except KerasSerializeError as error:
+        reason = str(error)
+    if reason:
+        assert "\n" not in reason
+        assert len(reason) < 2000
+        return "refused"
+    assert held(wire, frames) == held(*serialize_keras(obj))
+    return "whole"
+
+
+def held(header: Any, frames: list[Any]) -> list[tuple[str, bytes]]:
+    """List what variables a message has: dtype and bytes of each, whatever their order."""
+    found = []
+    for _, shape, dtype, _, frame, offset, nbytes in header["variables"]:
+        content = bytes(memoryview(frames[frame]).cast("B")[offset : offset + nbytes])
+        found.append((f"{dtype} {list(shape)}", content))
+    return sorted(found)
+
+
+def at_random(seed: int) -> Choose:
+    """Choose at random, the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    return lambda below: int(rng.integers(below))

@@ -1,0 +1,347 @@
+"""What a hostile config asks for: all of it is refused, and nothing of it has run.
+
+The canary is a file that every payload would write, or a module whose import is seen; a good
+config rebuilt under Python's audit hooks shows that none of the ways to run code is used at all.
+"""
+
+import base64
+import json
+import marshal
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import dask
+import keras
+import pytest
+
+from dask_keras_serialize.errors import DecodeError
+from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
+from tests import zoo
+
+
+class Gadget:
+    """Unpickling it writes the canary."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.fixture
+def canary(tmp_path):
+    path = tmp_path / "canary"
+    yield path
+    assert not path.exists()
+    assert "canary_module" not in sys.modules
+    assert keras.src.saving.serialization_lib.in_safe_mode() is None
+
+
+def model():
+    inputs = keras.Input((2,), name="input")
+    outputs = keras.layers.Dense(2, name="dense")(inputs)
+    return keras.Model(inputs, outputs, name="model")
+
+
+def with_layer(node):
+    """Serialize a model, with another layer in the place of its last, called as that was."""
+    header, frames = serialize_keras(model())
+    config = json.loads(header["body"]["config"])
+    layers = config["model"]["config"]["layers"]
+    call = {"inbound_nodes": layers[1]["inbound_nodes"], "name": "dense"}
+    layers[1] = call | node
+    return changed(header, config), frames
+
+
+def changed(header, config):
+    return header | {"body": header["body"] | {"config": json.dumps(config)}}
+
+
+def refused(header, frames, message):
+    with pytest.raises(DecodeError, match=message) as info:
+        deserialize_keras(header, frames)
+    assert "\n" not in str(info.value)
+
+
+def function(module, name, *args, **kwargs):
+    """Name a function as a layer, and call it (CVE-2025-1550, CVE-2025-8747)."""
+    calls = [{"args": list(args), "kwargs": kwargs}]
+    node = {"module": module, "class_name": "function", "config": name}
+    return node | {"registered_name": "function", "inbound_nodes": calls}
+
+
+def layer(name, module="keras.layers", /, **config):
+    node = {"module": module, "class_name": name, "config": config}
+    return node | {"registered_name": None, "build_config": {"input_shape": [None, 2]}}
+
+
+def bytecode(canary):
+    code = marshal.dumps(compile(f"open({str(canary)!r}, 'w')", "gadget", "exec"))
+    return base64.b64encode(code).decode()
+
+
+def pickled(canary):
+    return base64.b64encode(pickle.dumps(Gadget(canary))).decode()
+
+
+PAYLOADS = {
+    "CVE-2025-1550: any function of any module": lambda path: function(
+        "os", "system", f"touch {path}"
+    ),
+    "the same, of one of Python's own": lambda path: function("builtins", "open", str(path), "w"),
+    "CVE-2025-8747: a function of Keras's that downloads": lambda path: function(
+        "keras.utils", "get_file", "canary", origin=f"file://{__file__}", cache_dir=str(path)
+    ),
+    "CVE-2025-9906: a function of Keras's that turns safety off": lambda _: function(
+        "keras.config", "enable_unsafe_deserialization"
+    ),
+    "the same, where it stands in Keras's source": lambda _: function(
+        "keras.src.saving.serialization_lib", "enable_unsafe_deserialization"
+    ),
+    "a function of Keras's that loads a model": lambda path: function(
+        "keras.saving", "load_model", str(path)
+    ),
+    "one that is found by another name": lambda path: function("keras.activations", "__builtins__"),
+    "CVE-2024-3660: a Lambda of bytecode": lambda path: layer(
+        "Lambda", function={"class_name": "__lambda__", "config": {"value": bytecode(path)}}
+    ),
+    "the same, by no lambda": lambda path: layer("Lambda", function=[bytecode(path), None, None]),
+    "the same, by the name in Keras's source": lambda path: layer(
+        "Lambda", "keras.src.layers.core.lambda_layer", function=[bytecode(path), None, None]
+    ),
+    "the same, as Keras 2 wrote it, without a module": lambda path: {
+        "class_name": "Lambda",
+        "config": {"function": [bytecode(path), None, None], "function_type": "lambda"},
+    },
+    "a lambda for an activation": lambda path: layer(
+        "Dense",
+        units=2,
+        activation={"class_name": "__lambda__", "config": {"value": bytecode(path)}},
+    ),
+    "CVE-2025-49655: a pickle of torch's": lambda path: layer(
+        "TorchModuleWrapper", module={"class_name": "__bytes__", "config": pickled(path)}
+    ),
+    "a SavedModel of this machine's": lambda path: layer("TFSMLayer", filepath=str(path)),
+    "JAX's function in a config": lambda path: layer("JaxLayer", call_fn=pickled(path)),
+    "CVE-2025-12058: a file of this machine's": lambda _: layer(
+        "StringLookup", vocabulary="/etc/passwd"
+    ),
+    "the same, of numbers": lambda _: layer("IntegerLookup", vocabulary="/etc/passwd"),
+    "the same, from the net": lambda _: layer("TextVectorization", vocabulary="http://[::1]/"),
+    "a module that is imported": lambda _: layer("Canary", "tests.canary_module"),
+    "a module that says it is Keras's": lambda _: layer("Canary", "keras.canary_module"),
+    "a class with a way out": lambda _: layer("Layer.__init__.__globals__"),
+    "a class that is none": lambda _: layer("__class__"),
+    "a function for a class": lambda _: layer("load_model", "keras.models"),
+    "an object of Keras's that is no layer": lambda _: layer("CSVLogger", "keras.callbacks"),
+    "a name that somebody registered": lambda _: (
+        layer("Dense", units=2) | {"registered_name": "tests>Canary"}
+    ),
+    "a type of TensorFlow's": lambda _: {
+        "class_name": "__typespec__",
+        "spec_name": "TensorSpec",
+        "module": "tensorflow",
+        "config": [[2], "float32"],
+        "registered_name": None,
+    },
+    "more memory than there is": lambda _: layer(
+        "Dense",
+        units=2,
+        kernel_initializer={
+            "class_name": "__numpy__",
+            "config": {"value": ["x"], "dtype": "S9000000000000"},
+        },
+    ),
+    "more tensors than there is time for": lambda _: layer(
+        "Split", "keras.src.ops.numpy", indices_or_sections=10**12, axis=0
+    ),
+}
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("by_value", [True, False])
+def test_a_payload_is_refused_and_has_not_run(payload, by_value, canary):
+    with dask.config.set({"dask-keras-serialize.by-value": by_value}):
+        refused(*with_layer(PAYLOADS[payload](canary)), "config cannot be rebuilt here")
+
+
+@pytest.mark.parametrize("payload", ["CVE-2025-1550: any function of any module"])
+def test_wherever_it_stands(payload, canary):
+    """Not only among the layers: everything that is built from a config."""
+    source = zoo.build("trained")
+    header, frames = serialize_keras(source)
+    node = PAYLOADS[payload](canary)
+    for change in (
+        lambda config: config | {"policy": node},
+        lambda config: config | {"compile": config["compile"] | {"loss": node}},
+        lambda config: config | {"compile": config["compile"] | {"metrics": [[node]]}},
+        lambda config: config | {"model": node},
+    ):
+        config = change(json.loads(header["body"]["config"]))
+        refused(changed(header, config), frames, "config cannot be rebuilt here")
+
+
+FIELDS = {
+    "seeds": [[[0, "__class__", 1]], [[0, "kernel", 1]], [["x", "y", 1]], [[10**9, "name", 1]], 3],
+    "paths": [[1], "x", []],
+    "frozen": [["x"], None],
+    "history": [{"__class__": "x"}, {"on_epoch_end": 1}, 3],
+    "trainer": [{}, {"attributes": {}}, 3],
+    "assets": [[[1, "vocabulary.txt"]]],
+    "floatx": [3, "int77", None],
+    "policy": [3, "float77"],
+    "compile": [3],
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_of_a_config_is_looked_at(field):
+    header, frames = serialize_keras(model())
+    for value in FIELDS[field]:
+        config = json.loads(header["body"]["config"]) | {field: value}
+        refused(changed(header, config), frames, "rebuilt|assets were sent|a seed was sent")
+        config.pop(field)
+        refused(changed(header, config), frames, f"malformed at '{field}'")
+    assert keras.config.floatx() == "float32"
+    assert not hasattr(keras.layers.Dense, "seed")
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_what_a_clone_takes_from_a_config_is_looked_at_too(times):
+    header, frames = serialize_keras(model())
+    for _ in range(times):
+        deserialize_keras(header, frames)
+    config = json.loads(header["body"]["config"])
+    refused(changed(header, config | {"history": {"on_epoch_end": 1}}), frames, "'history'")
+
+
+@pytest.mark.parametrize(
+    "name", ["../canary", "/tmp/canary", "a/b", "..", ".", "", "a\0b", ".bashrc", "x" * 300]
+)
+def test_no_asset_leaves_its_folder(name, tmp_path, monkeypatch):
+    if "vocabulary" in zoo.NOT_HERE:
+        pytest.skip("lookups are TensorFlow's")
+    source = keras.Sequential([keras.Input((1,), dtype="string"), keras.layers.StringLookup()])
+    source.layers[0].set_vocabulary(["a", "b"])
+    header, frames = serialize_keras(source)
+    config = json.loads(header["body"]["config"])
+    assert config["assets"]
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    refused(
+        changed(header, config | {"assets": [[config["assets"][0][0], name]]}), frames, "'assets'"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_duplicate_keys_and_escapes_hide_nothing(canary):
+    header, frames = serialize_keras(model())
+    text = header["body"]["config"]
+    for new in (
+        '"module": "os", "class_name": "system"',
+        '"module": "keras.layers", "class_name": "Dense", "module": "os"',
+        '"module": "keras.layers", "class_\\u006eame": "Lambda"',
+        '"module": "keras.layers", "class_name": "Dense", "class_\\u006eame": "Lambda"',
+    ):
+        assert '"module": "keras.layers", "class_name": "Dense"' in text
+        lie = text.replace('"module": "keras.layers", "class_name": "Dense"', new)
+        refused(
+            header | {"body": header["body"] | {"config": lie}}, frames, "config cannot be rebuilt"
+        )
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, '{"a":' * 10**5, "1" * 10**5, "nul", "", "[]", "3"])
+def test_what_is_no_config(text):
+    header, frames = serialize_keras(model())
+    refused(header | {"body": header["body"] | {"config": text}}, frames, "rebuilt here")
+
+
+@pytest.mark.parametrize("depth", [30, 300, 3000])
+def test_a_nest_of_models_deeper_than_python_recurses(depth):
+    header, frames = serialize_keras(model())
+    config = json.loads(header["body"]["config"])
+    nest = layer("Dense", units=2)
+    for _ in range(min(depth, 300)):
+        nest = layer("Sequential", "keras", layers=[nest], name="nest")
+    nest = json.dumps(nest)
+    if depth > 300:
+        nest = "[" * depth + nest + "]" * depth
+    text = json.dumps(config | {"model": "here"}).replace('"here"', nest)
+    refused(header | {"body": header["body"] | {"config": text}}, frames, "rebuilt|a seed was")
+
+
+def test_classes_of_listed_modules_travel_by_config(canary):
+    source = keras.Sequential([keras.Input((2,)), Doubled(3, name="doubled")])
+    header, frames = serialize_keras(source)
+    assert header["encoding"] == "value"
+    listed = {"dask-keras-serialize.modules": ["tests.test_vetting"]}
+    with dask.config.set(listed):
+        header, frames = serialize_keras(source)
+        assert header["encoding"] == "config"
+        with dask.config.set({"dask-keras-serialize.by-value": False}):
+            for _ in range(4):
+                copy = deserialize_keras(header, frames)
+                assert type(copy.layers[0]) is Doubled
+                zoo.assert_same(source, copy)
+        lie = header["body"]["config"].replace('"class_name": "Doubled"', '"class_name": "zoo"')
+        refused(header | {"body": header["body"] | {"config": lie}}, frames, "not a class of Keras")
+        lie = header["body"]["config"].replace('"class_name": "Doubled"', '"class_name": "None"')
+        refused(header | {"body": header["body"] | {"config": lie}}, frames, "is not there")
+    refused(header, frames, "'Doubled' of 'tests.test_vetting'.*dask-keras-serialize.modules")
+
+
+class Doubled(keras.layers.Dense):
+    """A layer whose config is whole."""
+
+    def call(self, inputs):
+        return 2 * super().call(inputs)
+
+
+AUDITED = """
+    import sys
+
+    import dask
+    import keras
+    from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
+    from tests import zoo
+
+    sent = [serialize_keras(zoo.build(name)) for name in zoo.BY_CONFIG]
+    assert {header["encoding"] for header, _ in sent} == {"config"}
+    dask.config.set({"dask-keras-serialize.by-value": False})
+    for header, frames in sent:  # whatever Keras and its backend import on the way
+        deserialize_keras(header, frames)
+    events = []
+    RUN = {"exec", "compile", "import", "marshal.loads", "pickle.find_class", "code.__new__",
+           "function.__new__", "os.system", "os.exec", "subprocess.Popen", "socket.connect"}
+
+    def note(event, arguments):
+        if event in RUN and events is not None:
+            events.append((event, str(arguments)[:200]))
+
+    sys.addaudithook(note)
+    for _ in range(2):
+        for header, frames in sent:
+            deserialize_keras(header, frames)
+    found = set(events)
+    with dask.config.set({"dask-keras-serialize.by-value": True}):
+        deserialize_keras(*serialize_keras(zoo.build("subclassed")))
+    seen = {event for event, _ in events} - {event for event, _ in found}
+    assert {"pickle.find_class"} <= seen, seen  # the hook does see what there is
+    events = None
+    for each in sorted(found):
+        print(*each)
+    print("audited", len(sent))
+"""
+
+
+def test_nothing_on_the_way_of_a_config_runs_or_imports_code():
+    program = textwrap.dedent(AUDITED)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    *events, audited = done.stdout.strip().splitlines()
+    assert audited.startswith("audited")
+    assert events == []
