@@ -115,7 +115,7 @@ def _foreign(config: Any) -> str | None:
                 if name == "__lambda__":
                     return "a lambda"
                 registered = node.get("registered_name")
-                own = _of_keras(node.get("module")) and registered in (None, "", name)
+                own = vetting.of_keras(node.get("module")) and registered in (None, "", name)
                 if (
                     name != "function"
                     and not str(name).startswith("__")
@@ -125,10 +125,6 @@ def _foreign(config: Any) -> str | None:
             node = node.values()
         waiting += [each for each in node if isinstance(each, (dict, list, tuple))]
     return None
-
-
-def _of_keras(module: object) -> bool:
-    return isinstance(module, str) and f"{module}.".startswith("keras.")
 
 
 def _shared(model: keras.Model) -> str | None:

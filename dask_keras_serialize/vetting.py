@@ -58,7 +58,7 @@ class Vetted(NamedTuple):
     classes: dict[str, type]
 
 
-def read(text: object, owner: str) -> Vetted:
+def read(text: Any, owner: str) -> Vetted:
     """Read a config, trusting nothing.
 
     Parameters
@@ -88,7 +88,7 @@ def read(text: object, owner: str) -> Vetted:
 
     problem = f"{owner}: its config cannot be rebuilt here"
     try:
-        config = json.loads(text, object_hook=note)  # type: ignore[arg-type]
+        config = json.loads(text, object_hook=note)
     except (TypeError, ValueError, RecursionError) as error:
         raise DecodeError(f"{problem}, it is malformed: {error!r}; send it again") from None
     for key, fits in _FIELDS.items():
@@ -110,6 +110,11 @@ def modules() -> tuple[str, ...]:
 def is_listed(module: object) -> bool:
     """Say whether a module is one of those, or in one."""
     return isinstance(module, str) and any(f"{module}.".startswith(f"{m}.") for m in modules())
+
+
+def of_keras(module: object) -> bool:
+    """Say whether a module is Keras's own."""
+    return isinstance(module, str) and f"{module}.".startswith("keras.")
 
 
 def _refusal(node: dict[str, Any], classes: dict[str, type]) -> str | None:
@@ -134,7 +139,7 @@ def _refusal(node: dict[str, Any], classes: dict[str, type]) -> str | None:
         return _user_class(str(module), name, registered, classes)
     cls = _symbol(module, name)
     kinds = (*_KINDS, keras.dtype_policies.DTypePolicyMap)
-    if not isinstance(cls, type) or not issubclass(cls, kinds) or not _of_keras(cls.__module__):
+    if not isinstance(cls, type) or not issubclass(cls, kinds) or not of_keras(cls.__module__):
         return (
             f"{name!r} of {module!r} is not a class of Keras's own, nor of a module that the "
             f"setting {FORMAT}.modules lists"
@@ -195,7 +200,7 @@ _HOLDING_CODE = tuple(
 
 def _symbol(module: object, name: str) -> Any:
     """Return what Keras has by a name, of what is loaded of it; None if it has no such."""
-    if not isinstance(module, str) or not _of_keras(module):
+    if not isinstance(module, str) or not of_keras(module):
         return None
     found = sys.modules.get(module)
     if found is None:  # the public names, such as keras.layers, may be no modules
@@ -203,10 +208,6 @@ def _symbol(module: object, name: str) -> Any:
         for part in module.split(".")[1:]:
             found = vars(found).get(part) if isinstance(found, type(keras)) else None
     return getattr(found, name, None) if name.isidentifier() else None
-
-
-def _of_keras(module: str) -> bool:
-    return f"{module}.".startswith("keras.")
 
 
 def _rows(*kinds: type | tuple[type, ...]) -> Callable[[object], bool]:
@@ -235,11 +236,9 @@ def _history(value: object) -> bool:
     )
 
 
-def _asset(value: object) -> bool:
-    return _rows(int, str)(value) and all(
-        re.fullmatch(r"\w[\w.-]{0,200}", name)
-        for _, name in value  # type: ignore[attr-defined]
-    )
+def _asset(value: Any) -> bool:
+    named = _rows(int, str)(value)
+    return named and all(re.fullmatch(r"\w[\w.-]{0,200}", name) for _, name in value)
 
 
 def _trainer(value: object) -> bool:
@@ -247,7 +246,7 @@ def _trainer(value: object) -> bool:
         isinstance(value, dict)
         and value.keys() >= {"optimizer-built", "scaled", "metrics", "losses", "attributes"}
         and isinstance(value["attributes"], dict)
-        and all(isinstance(v, (bool, int, str, None | str)) for v in value["attributes"].values())
+        and all(isinstance(v, (bool, int, str, type(None))) for v in value["attributes"].values())
     )
 
 
