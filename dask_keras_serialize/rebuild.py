@@ -11,6 +11,7 @@ them, and searching them for it takes a tenth of the time.
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import sys
@@ -122,8 +123,11 @@ def _swapped(raw: Bytes, dtype: np.dtype[Any]) -> Bytes:
 
 @contextmanager
 def rebuilding() -> Iterator[None]:
-    """Hold the lock, ``aside.LOCK``, and the garbage collector; draw random numbers apart."""
-    with own_random(), uncollected():
+    """Hold the lock, ``aside.LOCK``, and the garbage collector; draw random numbers apart.
+
+    Variables are made in the backend's scope for that.
+    """
+    with own_random(), uncollected(), backends.current()[1].creating():
         yield
 
 
@@ -175,9 +179,9 @@ def values_at_creation(values: Values) -> Iterator[Given]:
             queue = waiting.get((_hint(variable.path), tuple(variable._shape), variable.dtype))
             if queue:
                 index = queue.popleft()
-                values.place(index, variable._initialize)
                 # optimizers name their slots after it
                 variable._path = values.header.variables[index].path
+                values.place(index, functools.partial(values.backend.initialize, variable))
                 given[id(variable)] = index, variable
                 return
         original(variable, initializer)
@@ -232,8 +236,10 @@ def _afford(variable: keras.Variable, header: Header) -> None:
 
 
 def _hint(path: str) -> tuple[str, ...]:
-    # a Sequential's layers lose its name from their paths in a rebuild by Keras
-    return tuple(path.split("/")[-2:])
+    # a Sequential's layers lose its name from their paths in a rebuild by Keras, and seed
+    # generators are numbered as they are made
+    owner, _, name = path.rpartition("/")
+    return (name,) if name == "seed_generator_state" else (owner.rpartition("/")[2], name)
 
 
 def check_fits(variable: keras.Variable, index: int, header: Header) -> None:

@@ -127,10 +127,14 @@ def _refusal(node: dict[str, Any], classes: dict[str, type]) -> str | None:
         return None
     if name in _NUMBERS:
         dtype = inner.get("dtype") if isinstance(inner, dict) else None
-        return None if dtype in ITEMSIZE else f"it holds numbers of dtype {dtype!r}"
+        return (
+            None
+            if isinstance(dtype, str) and dtype in ITEMSIZE
+            else f"it holds numbers of dtype {dtype!r}"
+        )
     if name == "function":
-        known = functions_named(inner) if isinstance(inner, str) else ()
-        if known and (module == "builtins" or any(_symbol(module, inner) is f for f in known)):
+        named = functions_named(inner) if isinstance(inner, str) else ()
+        if named and (module == "builtins" or any(_symbol(module, inner) is f for f in named)):
             return None
         return f"the function {inner!r} of {module!r} is not Keras's own"
     if name.startswith("__"):

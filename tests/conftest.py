@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import IO
+from typing import IO, Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -89,6 +89,9 @@ class Processes:
         )
         self._running.append((process, log))
 
+    def newest(self) -> subprocess.Popen[bytes]:
+        return self._running[-1][0]
+
     def log(self, number: int) -> str:
         return (self._logs / f"{number}.log").read_text()
 
@@ -143,6 +146,14 @@ def travelling_by_value(*modules: ModuleType) -> Iterator[None]:
     yield
     for module in modules:
         cloudpickle.unregister_pickle_by_value(module)
+
+
+def shipped(thing: Any) -> Any:
+    """Let a function or class travel by value, as one typed into a notebook does."""
+    thing.__module__ = "__main__"
+    for method in filter(callable, vars(thing).values() if isinstance(thing, type) else ()):
+        method.__module__ = "__main__"
+    return thing
 
 
 def run_module(name: str, *arguments: object, **env: str) -> str:

@@ -1,9 +1,9 @@
 """Messages that went wrong: mutations of good ones, and what has to become of each.
 
-The property tests (``test_hostile.py``) choose the mutations; here is what there is to choose
-from. A mutated message is either refused
-with one line of this package's own, or gives an object that holds, bit for bit, what the mutated
-header says that the mutated frames hold.
+The property tests (``test_hostile.py``, hypothesis) and the fuzzer (``fuzz.py``, atheris) choose
+the mutations; here is what there is to choose from. A mutated message is either refused with one
+line of this package's own, or gives an object that holds, bit for bit, what the mutated header says
+that the mutated frames hold.
 """
 
 from __future__ import annotations
@@ -205,3 +205,9 @@ def at_random(seed: int) -> Choose:
     """Choose at random, the same for the same seed."""
     rng = np.random.default_rng(seed)
     return lambda below: int(rng.integers(below))
+
+
+def chosen_by(data: bytes) -> Choose:
+    """Choose by two bytes each, and 0 when there are none left."""
+    numbers = iter(np.frombuffer(data[: len(data) // 2 * 2], "<u2").tolist())
+    return lambda below: int(next(numbers, 0)) % below

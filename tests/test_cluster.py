@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 from dask_keras_serialize import DecodeError, EncodeError, MissingPackageError, RegisterKeras
 from tests import zoo
-from tests.conftest import start_cluster, travelling_by_value
+from tests.conftest import shipped, start_cluster, travelling_by_value
 
 pytestmark = pytest.mark.cluster
 
@@ -32,12 +32,6 @@ def code_travels_by_value():
     """The workers cannot import this suite."""
     with travelling_by_value(sys.modules[__name__], zoo):
         yield
-
-
-def shipped(thing):
-    """Let a function or class travel by value, as one typed into a notebook does."""
-    thing.__module__ = "__main__"
-    return thing
 
 
 @shipped

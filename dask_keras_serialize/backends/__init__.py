@@ -12,8 +12,8 @@
 ``on_gpu(variable)``, ``device_frames(variables)``, ``device_tensor(frame, dtype, shape)``
     For Dask's "cuda" family: whether a value lies on a GPU, snapshots that stay there, and a tensor
     made of a frame that arrived there.
-``initialize(variable, tensor)``
-    Gives a variable its first value.
+``creating()``, ``initialize(variable, tensor)``
+    The scope in which variables are made here, and to give one its first value.
 ``placement(variable)``, ``place(tensor, placement)``
     How a value lies on several devices, or otherwise than in C order, as plain data; and to put
     another so.
@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import Any, Protocol, cast
 
@@ -199,6 +200,9 @@ class Backend(Protocol):
 
     def tensor_in(self, array: Array, memory: Array) -> Any:
         """Turn an array into a tensor that shares ``memory``, which it lies in, if it can."""
+
+    def creating(self) -> AbstractContextManager[None]:
+        """Return the scope within which variables are made."""
 
     def initialize(self, variable: Any, tensor: Any) -> None:
         """Give a variable that has no value yet one of ``tensor``'s."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -188,6 +189,11 @@ def device_tensor(
         return None
     lent = jax.dlpack.from_dlpack(Loan(frame, dtype, shape, device.local_hardware_id))
     return _twin(lent)
+
+
+def creating() -> AbstractContextManager[None]:
+    """Do nothing: variables leave nothing behind."""
+    return nullcontext()
 
 
 def initialize(variable: Any, tensor: Any) -> None:

@@ -8,10 +8,9 @@ tells where such a tensor lies without taking the copy: without them every byte 
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -23,6 +22,7 @@ import torch
 from dask_keras_serialize.backends import Array, behind, borrowed, tensor_of
 from dask_keras_serialize.backends.torch_objects import SHELLS as SHELLS
 from dask_keras_serialize.backends.torch_objects import adopt as adopt
+from dask_keras_serialize.backends.torch_objects import creating as creating
 from dask_keras_serialize.backends.torch_objects import drop as drop
 from dask_keras_serialize.backends.torch_objects import initialize as initialize
 from dask_keras_serialize.backends.torch_objects import is_plain, owner_of, value_of
@@ -138,7 +138,7 @@ def slots() -> Iterator[tuple[Any, str, Any]]:
 def _writing(original: Any, unless: str = "") -> Any:
     """Wrap a method that writes, unless an argument is False."""
 
-    @functools.wraps(original)
+    @wraps(original)
     def method(*args: Any, **kwargs: Any) -> Any:
         with _WRITES if kwargs.get(unless) is not False else contextlib.nullcontext():
             return original(*args, **kwargs)

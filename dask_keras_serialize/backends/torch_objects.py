@@ -8,6 +8,7 @@ are the adapter's, ``torch.py``.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import ref
 
@@ -86,6 +87,11 @@ def owner_of(obj: Any) -> Any:
     owner = _OWNERS.get(obj) if isinstance(obj, torch.nn.Parameter) else None
     variable = owner() if owner is not None else None
     return variable if variable is not None and variable._value is obj else None
+
+
+def creating() -> AbstractContextManager[None]:
+    """Do nothing: variables leave nothing behind."""
+    return nullcontext()
 
 
 def initialize(variable: Any, tensor: torch.Tensor) -> None:

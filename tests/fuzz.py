@@ -1,0 +1,47 @@
+"""Fuzzing of the decoder, guided by its coverage: make fuzz FUZZ_SECONDS=300.
+
+The bytes that atheris (libFuzzer) makes up choose among the mutations of ``hostile.py``, or are a
+header themselves. A crash, a hang of 30 s, 2 GiB of memory, or an outcome that is neither refusal
+nor whole ends the run with another status than 0 and writes the input to ``build/fuzz/found-*``;
+``python -m tests.fuzz FILE`` runs it again. Inputs that found new ways through the decoder stand in
+``build/fuzz``; a smallest set of them is kept in ``tests/corpus``, which ``test_hostile.py`` runs
+too: ``python -m tests.fuzz -merge=1 tests/corpus build/fuzz`` adds what is new.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+CORPUS = Path(__file__).parent / "corpus"
+
+
+def run(data: bytes) -> str:
+    """Run one input: its first byte chooses the target; say what became of it."""
+    from dask_keras_serialize.errors import DecodeError
+    from dask_keras_serialize.header import Header
+    from tests import hostile
+
+    if data[:1] < b"\x20":
+        try:
+            Header.from_bytes(data[1:])
+        except DecodeError:
+            return "refused"
+        return "whole"
+    return hostile.outcome(*hostile.mutated(hostile.chosen_by(data[1:])))
+
+
+def main() -> None:
+    """Run the command; the arguments are libFuzzer's."""
+    import atheris
+    import keras  # noqa: F401 - before: only what is ours is instrumented
+
+    with atheris.instrument_imports(include=["dask_keras_serialize"]):
+        from tests import hostile
+    hostile.messages()
+    atheris.Setup(sys.argv, lambda data: run(data) and None)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
