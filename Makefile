@@ -12,7 +12,9 @@ BACKEND_EXTRA ?= tensorflow-cpu
 EXTRAS ?= test,dev,$(BACKEND_EXTRA)
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
-MARKS ?= not slow and not programs and not gpu
+FUZZ_SECONDS ?= 300
+SOAK_SECONDS ?= 600
+MARKS ?= not slow and not programs and not faults and not gpu
 # files of tests run side by side: much of the time goes into processes that start; 0 for one by one
 TEST_PROCESSES ?= 2
 # a hang ends here; on a quiet machine the tests take well under twelve minutes
@@ -34,7 +36,7 @@ GPU_VENV := $(VENV)-gpu-$(KERAS_BACKEND)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo examples test test-jax test-torch test-together test-dask-ml test-gpu \
-  test-programs test-long lint format bench bench-all fidelity build clean
+  test-programs test-faults test-long fuzz soak lint format bench bench-all fidelity build clean
 
 help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,6 +90,19 @@ test-gpu: ## run the tests and the benchmark that need a GPU, in an environment 
 
 test-programs: ## run examples, README's programs, commands, clusters of many kinds
 	$(MAKE) test MARKS=programs
+
+test-faults: ## end processes, fill a disk, cut a network in the middle of models on their way
+	$(MAKE) test MARKS=faults TEST_PROCESSES=0
+
+fuzz: ## fuzz the decoder for FUZZ_SECONDS, in an environment of its own
+	$(MAKE) install BACKEND_EXTRA=fuzz VENV=$(VENV)-fuzz EXTRAS=test,fuzz,tensorflow-cpu KERAS_BACKEND=tensorflow
+	mkdir -p build/fuzz
+	KERAS_BACKEND=tensorflow $(VENV)-fuzz/bin/python -m tests.fuzz -max_total_time=$(FUZZ_SECONDS) \
+	  -max_len=4096 -timeout=30 -rss_limit_mb=8192 -malloc_limit_mb=2048 -print_final_stats=1 \
+	  -artifact_prefix=build/fuzz/found- build/fuzz tests/corpus
+
+soak: $(INSTALLED) ## send models through four workers for SOAK_SECONDS; fails if anything grows
+	$(BIN)/python benchmarks/soak.py --seconds $(SOAK_SECONDS)
 
 test-long: $(INSTALLED) ## run the slow tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -23,6 +23,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 from dask_keras_serialize import backends
+from tests import leaks
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,6 +47,14 @@ def trained_once() -> None:
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
     model.fit(np.ones((1, 1)), np.ones((1, 1)), verbose=0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """See that a test ends its threads, closes its files and lets go of locks."""
+    before = leaks.standing()
+    yield
+    assert not leaks.left(before)
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,8 @@ The bytes that atheris (libFuzzer) makes up choose among the mutations of ``host
 header themselves. A crash, a hang of 30 s, 2 GiB of memory, or an outcome that is neither refusal
 nor whole ends the run with another status than 0 and writes the input to ``build/fuzz/found-*``;
 ``python -m tests.fuzz FILE`` runs it again. Inputs that found new ways through the decoder stand in
-``build/fuzz``; a smallest set of them is kept in ``tests/corpus``, which ``test_hostile.py`` runs
-too: ``python -m tests.fuzz -merge=1 tests/corpus build/fuzz`` adds what is new.
+``build/fuzz``; those that together go all of these ways are kept in ``tests/corpus``, with what was
+found, where the next run begins; ``test_hostile.py`` runs them too.
 """
 
 from __future__ import annotations

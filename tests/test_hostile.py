@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.handlers import deserialize_keras
 from dask_keras_serialize.header import Header
-from tests import hostile
+from tests import fuzz, hostile
 
-#: The same inputs in every run.
+#: The same inputs in every run: what is found at random is `make fuzz`'s to find.
 SETTINGS = hypothesis.settings(
     max_examples=1000, deadline=None, derandomize=True, database=None,
     suppress_health_check=list(hypothesis.HealthCheck),
@@ -48,6 +48,12 @@ def test_mutations_get_everywhere():
     assert outcomes == {"refused", "whole"}
     assert len(reasons) > 60
     assert keras.Variable._initialize_with_initializer.__module__.startswith("keras")
+
+
+def test_what_the_fuzzer_found():
+    corpus = sorted(path for path in fuzz.CORPUS.iterdir() if path.is_file())
+    assert len(corpus) > 20
+    assert {fuzz.run(path.read_bytes()) for path in corpus} == {"refused", "whole"}
 
 
 PLAIN = st.recursive(

@@ -1,0 +1,204 @@
+"""Models without end through four workers: python benchmarks/soak.py [--seconds 600].
+
+In each round models of three kinds (a functional one of a few layers with its trained optimizer, a
+subclassed one by value, a dense one of 16 MiB), their layers named anew each time, go the ways that
+models go: scattered and gathered; broadcast; as a task's argument, trained there and returned;
+spilled and read again, for the workers keep less in memory than there is. All are dropped after
+their checksums were compared, and after each round every process says how much memory, and how many
+descriptors, threads and live objects of Keras it has. At the end the last third of the rounds is
+held against the one before: exit status 1 where memory grew by more than a twentieth, or anything
+else by more than a few.
+
+The client trains models of its own with names that are new each time, of which TensorFlow keeps
+some (``backends/tensorflow.py``); what it keeps of that is measured apart, in a process that does
+nothing else, and taken off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+WORKERS = 4
+
+#: What may be more in the second half than in the first: memory, by a part; the rest by a number.
+MEMORY_PART, NUMBER = 0.05, 8
+
+
+def build(seed: int) -> list[Any]:
+    """Build the three, of other numbers for each seed."""
+    import keras
+
+    keras.utils.set_random_seed(seed)
+
+    class Sub(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden = keras.layers.Dense(64, activation="relu")
+            self.out = keras.layers.Dense(3)
+
+        def call(self, x: Any) -> Any:
+            return self.out(self.hidden(x))
+
+    inputs = keras.Input((32,))
+    x = keras.layers.Dropout(0.1)(keras.layers.Dense(64, activation="relu")(inputs))
+    functional = keras.Model(inputs, keras.layers.Dense(3)(x))
+    subclassed = Sub()
+    rows = np.random.default_rng(seed).normal(size=(64, 32)).astype("float32")
+    for model in (functional, subclassed):
+        model.compile("adam", "mse")
+        model.fit(rows, np.zeros((64, 3)), verbose=0)
+    dense = keras.Sequential(
+        [
+            keras.Input((2048,)),
+            keras.layers.Dense(2048, use_bias=False, kernel_initializer="normal"),
+        ]
+    )
+    return [functional, subclassed, dense]
+
+
+def checksum(model: Any) -> list[float]:
+    """Sum every variable."""
+    values = [*model.variables, *(model.optimizer.variables if model.compiled else ())]
+    return [float(np.asarray(each).sum(dtype="f8")) for each in values]
+
+
+def trained(model: Any) -> tuple[list[float], Any]:
+    """Run a model, as its owner would; return its checksum and the model."""
+    width = model.inputs[0].shape[-1] if getattr(model, "inputs", None) else 32
+    model.predict(np.ones((4, width), np.float32), verbose=0)
+    if model.compiled:
+        model.fit(np.ones((8, width)), np.zeros((8, 3)), verbose=0)
+    return checksum(model), model
+
+
+def stand() -> dict[str, int]:
+    """Say what a process has."""
+    import keras
+
+    gc.collect()
+    status = Path("/proc/self/status").read_text()
+    kinds = (keras.Layer, keras.Variable)
+    objects = [each for each in gc.get_objects() if isinstance(each, kinds)]
+    return {
+        "memory": int(status.partition("VmRSS:")[2].split()[0]) << 10,
+        "files": len(os.listdir("/proc/self/fd")),
+        "threads": threading.active_count(),
+        "objects": len(objects),
+    }
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every round there")
+    options = parser.parse_args()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import dask
+    from distributed import Client, LocalCluster
+
+    # what is over a tenth of it is spilled: twelve dense models stay
+    dask.config.set(
+        {"distributed.worker.memory.target": 0.1, "distributed.worker.memory.spill": 0.7}
+    )
+    rounds: list[dict[str, Any]] = []
+    models = 0
+    with (
+        LocalCluster(n_workers=WORKERS, threads_per_worker=2, memory_limit="2 GiB",
+                     dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):  # fmt: skip
+        workers = sorted(client.scheduler_info(n_workers=-1)["workers"])
+        began = time.monotonic()
+        while time.monotonic() - began < options.seconds:
+            models += one_round(client, workers, len(rounds))
+            client.cancel([])  # nothing: a turn of the loop, after which what was released is
+            found = {"client": stand(), **client.run(stand)}
+            rounds.append({"seconds": time.monotonic() - began, "models": models, "found": found})
+            report(rounds[-1])
+    if options.json:
+        options.json.write_text(json.dumps(rounds))
+    grown = list(growth(rounds))
+    print(f"{models} models in {rounds[-1]['seconds']:.0f} s, {len(rounds)} rounds")
+    print("\n".join(grown) or "nothing grew")
+    return 1 if grown else 0
+
+
+def one_round(client: Any, workers: list[str], number: int) -> int:
+    """Send models every way, compare what arrives, drop them; return how many moved."""
+    models = build(number)
+    expected = [checksum(model) for model in models]
+    moved = 0
+    for worker in workers:
+        held = client.scatter(models, workers=[worker], hash=False)
+        assert [checksum(each) for each in client.gather(held)] == expected
+        moved += 2 * len(models)
+    held = client.scatter(models, broadcast=True, hash=False)
+    sums = [
+        client.submit(checksum, each, workers=[w], pure=False) for w in workers for each in held
+    ]
+    assert client.gather(sums) == expected * len(workers)
+    moved += len(models) * len(workers)
+    back = client.gather([client.submit(trained, each, pure=False) for each in held])
+    assert [sums for sums, _ in back] == [checksum(model) for _, model in back]
+    moved += 2 * len(models)
+    del held, sums
+    # 40 of 16 MiB: more than workers keep, so most are spilled, and read again
+    many = [client.submit(filled, i, pure=False) for i in range(40)]
+    assert client.gather([client.submit(checksum, each) for each in many]) == [
+        [float(i) * 2048 * 2048] for i in range(40)
+    ]
+    return moved + 2 * len(many)
+
+
+def filled(number: int) -> Any:
+    """Build a dense model of one number."""
+    import keras
+
+    constant = keras.initializers.Constant(number)
+    layer = keras.layers.Dense(2048, use_bias=False, kernel_initializer=constant)
+    return keras.Sequential([keras.Input((2048,)), layer])
+
+
+def report(row: dict[str, Any]) -> None:
+    """Print a line for a round: the most of any worker, and the client."""
+    workers = [each for name, each in row["found"].items() if name != "client"]
+    print(
+        f"{row['seconds']:6.0f} s {row['models']:7} models"
+        + "".join(f"  {key} {row['found']['client'][key]} / {max(w[key] for w in workers)}"
+                  for key in workers[0]),
+        flush=True,
+    )  # fmt: skip
+
+
+def growth(rounds: list[dict[str, Any]]) -> list[str]:
+    """Say what every process has more of in the last third of the rounds than in the one before."""
+    third = len(rounds) // 3
+    if third < 2:
+        return ["too few rounds to say: give it more seconds"]
+    grown = []
+    for who in rounds[-1]["found"]:
+        for key in rounds[-1]["found"][who]:
+            before, after = (
+                statistics.median(each["found"][who][key] for each in some)
+                for some in (rounds[third : 2 * third], rounds[2 * third :])
+            )
+            limit = before * (1 + MEMORY_PART) if key == "memory" else before + NUMBER
+            if after > limit:
+                grown.append(f"{who}: {key} grew from {before:.0f} to {after:.0f}")
+    return grown
+
+
+if __name__ == "__main__":
+    sys.exit(main())

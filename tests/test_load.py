@@ -1,0 +1,195 @@
+"""Much at once: eight threads a worker, ten thousand tensors, more than fits, six gigabytes.
+
+On clusters of real processes. That memory stays what it is over thousands of models is what
+``make soak`` says.
+"""
+
+import gc
+import itertools
+import os
+
+import keras
+import numpy as np
+import psutil
+import pytest
+from distributed import Client, LocalCluster, wait
+
+from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
+from tests import zoo
+from tests.conftest import shipped
+from tests.test_faults import GIBIBYTE, MEBIBYTE, checksum, dense, made
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(580)]
+
+
+@pytest.fixture
+def client(request):
+    with (
+        LocalCluster(dashboard_address=":0", **request.param) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@shipped
+def predict(model, x):
+    return np.asarray(model.predict(x, verbose=0))
+
+
+@shipped
+def train(model, x, y):
+    model.fit(x, y, epochs=1, batch_size=8, shuffle=False, verbose=0)
+    return model
+
+
+def bits(model):
+    return [zoo.to_bytes(each) for each in model.variables]
+
+
+def assert_near(found, expected):
+    """Compare what two processes computed, of any structure."""
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "client", [{"n_workers": 2, "threads_per_worker": 8}], indirect=True, ids=["2x8"]
+)
+def test_eight_threads_predict_with_and_rebuild_the_same_and_other_models(client):
+    models = [zoo.build(name) for name in ("sequential", "trained", "trained functional")]
+    by_value = zoo.build("trained")
+    by_value.note = "by value"
+    models.append(by_value)
+    expected = [predict(model, zoo.X) for model in models]
+    before = [bits(model) for model in models]
+    held = client.scatter(models, broadcast=True, hash=False)
+    tasks, wanted = [], []
+    for round_, number in itertools.product(range(16), range(len(models))):
+        # one replica that all threads of a worker share; one of each task's own; new architectures
+        tasks.append(client.submit(predict, held[number], zoo.X, pure=False))
+        tasks.append(client.submit(predict, models[number], zoo.X, pure=False))
+        other = zoo.mlp(3 + round_)
+        tasks.append(client.submit(predict, other, zoo.X, pure=False))
+        wanted += [expected[number], expected[number], predict(other, zoo.X)]
+    trained = [client.submit(train, models[1], zoo.X, zoo.TARGETS["sparse"], pure=False)
+               for _ in range(8)]  # fmt: skip
+    for found, right in zip(client.gather(tasks), wanted, strict=True):
+        assert_near(found, right)
+    for model in client.gather(trained):
+        assert int(model.optimizer.iterations.numpy()) > int(models[1].optimizer.iterations.numpy())
+    # nobody's predictions or training changed what others hold
+    assert [bits(model) for model in client.gather(held)] == before
+
+
+SMALL = {"distributed.worker.memory.target": 0.25, "distributed.worker.memory.spill": 0.35}
+
+
+@pytest.mark.parametrize(
+    "client",
+    [{"n_workers": 2, "threads_per_worker": 2, "memory_limit": "2GiB"}],
+    indirect=True,
+    ids=["2x2"],
+)
+def test_models_are_spilled_and_read_back_under_pressure(client):
+    """Six times of what a worker keeps in memory goes through it, and back and forth again."""
+    client.run(zoo_config, SMALL)
+    number = 48
+    tasks = [client.submit(made, 64 * MEBIBYTE, i, pure=False) for i in range(number)]
+    wait(tasks, timeout=300)
+    total = checksum(dense(64 * MEBIBYTE))[0][1]
+    for _ in range(2):
+        sums = client.gather([client.submit(checksum, each, pure=False) for each in tasks])
+        found = [amount / total for ((_, amount),) in sums]
+        assert found == pytest.approx(list(range(1, number + 1)), rel=1e-5)
+    spilled = client.run(lambda dask_worker: len(dask_worker.data.disk))
+    assert sum(spilled.values()) > number / 4
+    del tasks
+    gc.collect()
+    folders = client.run(lambda dask_worker: dask_worker.local_directory)
+    deadline = 100
+    while any(files_in(folder) for folder in folders.values()):
+        deadline -= 1
+        assert deadline, "spilled models stay on disk"
+        client.run(gc.collect)
+
+
+@shipped
+def zoo_config(settings, dask_worker):
+    """Have a worker spill early, whatever the configuration that it was started with says."""
+    manager = dask_worker.memory_manager
+    manager.memory_target_fraction = settings["distributed.worker.memory.target"]
+    manager.memory_spill_fraction = settings["distributed.worker.memory.spill"]
+    dask_worker.data.fast.n = manager.memory_limit * manager.memory_target_fraction
+
+
+def files_in(folder):
+    return [
+        name for path, _, names in os.walk(folder) for name in names if path.endswith("storage")
+    ]
+
+
+@shipped
+class Many(keras.Model):
+    """Ten thousand variables of a few numbers."""
+
+    def __init__(self, count=10_000, **kwargs):
+        super().__init__(**kwargs)
+        self.count = count
+        self.values = [
+            self.add_weight(shape=(1 + i % 5,), initializer="zeros", name=f"w{i}")
+            for i in range(count)
+        ]
+        self.built = True
+
+    def call(self, x):
+        return x * self.values[0][0]
+
+
+@pytest.mark.parametrize(
+    "client", [{"n_workers": 1, "threads_per_worker": 1}], indirect=True, ids=["1x1"]
+)
+def test_ten_thousand_small_tensors(client):
+    model = Many()
+    for number, variable in enumerate(model.variables):
+        variable.assign(np.full(variable.shape, number, np.float32))
+    header, frames = serialize_keras(model)
+    assert len(header["variables"]) == 10_000
+    assert len(frames) <= 4  # in one arena, not a frame each
+    there = client.submit(numbers, client.scatter(model, hash=False)).result(timeout=300)
+    assert there == [float(i) for i in range(10_000)]
+    twin = deserialize_keras(header, [bytes(frame) for frame in frames])
+    assert bits(twin) == bits(model)
+
+
+@shipped
+def numbers(model):
+    return [float(np.asarray(variable)[-1]) for variable in model.variables]
+
+
+@pytest.mark.skipif(
+    psutil.virtual_memory().available < 16 * GIBIBYTE, reason="needs 16 GiB of free memory"
+)
+@pytest.mark.parametrize(
+    "client",
+    [{"n_workers": 1, "threads_per_worker": 1, "memory_limit": "14GiB"}],
+    indirect=True,
+    ids=["1x1"],
+)
+def test_six_gibibytes(client):
+    """To a worker, and back; each process has the model once, and nothing more."""
+    model = dense(6 * GIBIBYTE)
+    sums = checksum(model)
+    held = client.scatter(model, direct=True, hash=False)
+    assert client.submit(checksum, held).result(timeout=300) == sums
+    (peak,) = client.run(most_memory).values()
+    assert peak < 6 * GIBIBYTE + 1500 * MEBIBYTE
+    del model
+    gc.collect()
+    assert checksum(client.gather(held, direct=True)) == sums
+
+
+@shipped
+def most_memory():
+    """Return the most memory that this process ever had, bytes."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
