@@ -1,17 +1,16 @@
 """Models without end through four workers: python benchmarks/soak.py [--seconds 600].
 
-In each round models of three kinds (a functional one of a few layers with its trained optimizer, a
-subclassed one by value, a dense one of 16 MiB), their layers named anew each time, go the ways that
-models go: scattered and gathered; broadcast; as a task's argument, trained there and returned;
-spilled and read again, for the workers keep less in memory than there is. All are dropped after
-their checksums were compared, and after each round every process says how much memory, and how many
-descriptors, threads and live objects of Keras it has. At the end the last third of the rounds is
-held against the one before: exit status 1 where memory grew by more than a twentieth, or anything
-else by more than a few.
+In each round models of three kinds (a functional one with its trained optimizer, a subclassed one
+by value, a dense one of 16 MiB), of other numbers each time, go the ways that models go: scattered
+and gathered; broadcast; as a task's argument, run there and returned; spilled and read again, for
+the workers keep less in memory than there is. All are dropped after their checksums were compared,
+and after each round every process says how much memory, and how many descriptors, threads and live
+objects of Keras it has. At the end the last third of the rounds is held against the one before:
+exit status 1 where memory grew by more than a twentieth, or anything else by more than a few.
 
-The client trains models of its own with names that are new each time, of which TensorFlow keeps
-some (``backends/tensorflow.py``); what it keeps of that is measured apart, in a process that does
-nothing else, and taken off.
+Nothing is trained on the way: what is measured is this package. Keras on TensorFlow keeps some MB
+of each model that a process trains, on a cluster or not; ``--train N`` says how much, by training N
+models here, one after the other, without any serialization.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ MEMORY_PART, NUMBER = 0.05, 8
 
 
 def build(seed: int) -> list[Any]:
-    """Build the three, of other numbers for each seed."""
+    """Build the three; train two of them."""
     import keras
 
     keras.utils.set_random_seed(seed)
@@ -73,13 +72,27 @@ def checksum(model: Any) -> list[float]:
     return [float(np.asarray(each).sum(dtype="f8")) for each in values]
 
 
-def trained(model: Any) -> tuple[list[float], Any]:
-    """Run a model, as its owner would; return its checksum and the model."""
+def run(model: Any) -> tuple[list[float], Any]:
+    """Run a model; return its checksum and the model."""
     width = model.inputs[0].shape[-1] if getattr(model, "inputs", None) else 32
-    model.predict(np.ones((4, width), np.float32), verbose=0)
-    if model.compiled:
-        model.fit(np.ones((8, width)), np.zeros((8, 3)), verbose=0)
+    model(np.ones((4, width), np.float32))
     return checksum(model), model
+
+
+def refill(model: Any, number: int) -> None:
+    """Give a model other numbers."""
+    for variable in model.trainable_variables:
+        variable.assign(np.random.default_rng(number).random(variable.shape, np.float32))
+
+
+def kept_of_training(count: int) -> float:
+    """Train so many models by Keras alone; return the bytes kept of each."""
+    before = 0
+    for number in range(-5, count):
+        build(0)
+        if number == -1:
+            before = stand()["memory"]
+    return (stand()["memory"] - before) / count
 
 
 def stand() -> dict[str, int]:
@@ -103,6 +116,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round there")
+    parser.add_argument("--train", type=int, default=0, metavar="N", help="train N by Keras alone")
     options = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import dask
@@ -112,6 +126,10 @@ def main() -> int:
     dask.config.set(
         {"distributed.worker.memory.target": 0.1, "distributed.worker.memory.spill": 0.7}
     )
+    if options.train:
+        print(f"{kept_of_training(options.train) / 1e6:.1f} MB kept of two models trained")
+        return 0
+    kinds = build(0)
     rounds: list[dict[str, Any]] = []
     models = 0
     with (
@@ -122,7 +140,7 @@ def main() -> int:
         workers = sorted(client.scheduler_info(n_workers=-1)["workers"])
         began = time.monotonic()
         while time.monotonic() - began < options.seconds:
-            models += one_round(client, workers, len(rounds))
+            models += one_round(client, workers, kinds, len(rounds))
             client.cancel([])  # nothing: a turn of the loop, after which what was released is
             found = {"client": stand(), **client.run(stand)}
             rounds.append({"seconds": time.monotonic() - began, "models": models, "found": found})
@@ -135,9 +153,10 @@ def main() -> int:
     return 1 if grown else 0
 
 
-def one_round(client: Any, workers: list[str], number: int) -> int:
+def one_round(client: Any, workers: list[str], models: list[Any], number: int) -> int:
     """Send models every way, compare what arrives, drop them; return how many moved."""
-    models = build(number)
+    for model in models:
+        refill(model, number)
     expected = [checksum(model) for model in models]
     moved = 0
     for worker in workers:
@@ -150,7 +169,7 @@ def one_round(client: Any, workers: list[str], number: int) -> int:
     ]
     assert client.gather(sums) == expected * len(workers)
     moved += len(models) * len(workers)
-    back = client.gather([client.submit(trained, each, pure=False) for each in held])
+    back = client.gather([client.submit(run, each, pure=False) for each in held])
     assert [sums for sums, _ in back] == [checksum(model) for _, model in back]
     moved += 2 * len(models)
     del held, sums

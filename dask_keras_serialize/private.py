@@ -39,6 +39,8 @@ DynamicBackend = _find("keras.src.utils.backend_utils", "DynamicBackend")
 TRACKED = tuple(
     _find("keras.src.utils.tracking", name)
     for name in ("TrackedList", "TrackedDict", "TrackedOrderedDict", "TrackedSet")
+    # which came with Keras 3.14
+    if name != "TrackedOrderedDict" or hasattr(import_module(Tracker.__module__), name)
 )
 
 
@@ -121,10 +123,7 @@ KERAS = {
     "CompileMetrics._flat_weighted_metrics": ("as _flat_metrics", _NOT_BY_CONFIG),
     "Optimizer._trainable_variables": ("keras/src/optimizers/base_optimizer.py", _NOT_BY_CONFIG),
     "Optimizer._learning_rate": ("keras/src/optimizers/base_optimizer.py", "it is not compared"),
-    "Optimizer._var_key": (
-        "keras/src/optimizers/base_optimizer.py",
-        "built optimizers fail by value",
-    ),
+    "Optimizer._var_key": ("keras/src/optimizers/base_optimizer.py", "built ones fail by value"),
     "Optimizer._trainable_variables_indices": (
         "keras/src/optimizers/base_optimizer.py",
         "nothing: it is derived",

@@ -49,7 +49,7 @@ def trained_once() -> None:
     model.fit(np.ones((1, 1)), np.ones((1, 1)), verbose=0)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def nothing_is_left() -> Iterator[None]:
     """See that a test ends its threads, closes its files and lets go of locks."""
     before = leaks.standing()

@@ -13,10 +13,16 @@ import threading
 import time
 from dataclasses import dataclass
 
+import dask.threaded
+from distributed import Client
+
 from dask_keras_serialize import aside
 
-#: Threads that libraries start once in a process, and keep.
-KEPT = ("Dask-Offload", "pymp", "IO loop", "Profile", "tqdm", "asyncio_", "QueueManager", "Thread-")
+#: Threads of pools that a process keeps: distributed's, this package's, tqdm's.
+KEPT = ("Dask-Offload", "Dask-Keras", "IO loop", "Profile", "tqdm", "asyncio_")
+
+#: Of the workers of a cluster that several tests share.
+OF_CLUSTERS = ("AsyncProcess", "QueueFeederThread")
 
 
 @dataclass
@@ -24,7 +30,7 @@ class Standing:
     """What there is in this process."""
 
     threads: set[threading.Thread]
-    files: dict[str, str]
+    files: set[str]
 
 
 def standing() -> Standing:
@@ -32,16 +38,18 @@ def standing() -> Standing:
     return Standing(set(threading.enumerate()), open_files())
 
 
-def open_files() -> dict[str, str]:
+def open_files() -> set[str]:
     """Return the files and sockets that are open, by descriptor; none but on Linux."""
-    found = {}
+    found = set()
     for name in os.listdir("/proc/self/fd") if sys.platform == "linux" else ():
         try:
             target = os.readlink(f"/proc/self/fd/{name}")
         except OSError:  # that of the listing itself
             continue
-        if target.startswith(("socket:", "/")) and not target.startswith(("/dev", "/proc", "/usr")):
-            found[f"{name} {target}"] = target
+        # whoever shares a cluster with other tests keeps its connections
+        kinds = ("/",) if any(Client._instances) else ("/", "socket:")
+        if target.startswith(kinds) and not target.startswith(("/dev", "/proc", "/usr")):
+            found.add(f"file {name}, {target}")
     return found
 
 
@@ -55,9 +63,13 @@ def left(before: Standing, seconds: float = 10) -> list[str]:
 
 
 def _left(before: Standing) -> list[str]:
+    kept = (*KEPT, *OF_CLUSTERS) if any(Client._instances) else KEPT
+    pools = [dask.threaded.default_pool]  # of dask.compute without a cluster
+    pools += [pool for some in dask.threaded.pools.values() for pool in some.values()]
     threads = set(threading.enumerate()) - before.threads
+    threads -= {thread for pool in filter(None, pools) for thread in pool._threads}
     return [
-        *(f"thread {each.name!r}" for each in threads if not each.name.startswith(KEPT)),
-        *(f"open file {name}" for name in open_files().keys() - before.files.keys()),
+        *(f"thread {each.name!r}" for each in threads if not each.name.startswith(kept)),
+        *(f"open {name}" for name in sorted(open_files() - before.files)),
         *(["the lock of rebuilds"] if "unlocked" not in repr(aside.LOCK) else []),
     ]

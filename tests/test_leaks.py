@@ -14,6 +14,8 @@ from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
 from tests import leaks, zoo
 
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
+
 
 def test_threads_files_and_locks_are_seen(tmp_path):
     before = leaks.standing()

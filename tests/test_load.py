@@ -80,28 +80,36 @@ def test_eight_threads_predict_with_and_rebuild_the_same_and_other_models(client
     assert [bits(model) for model in client.gather(held)] == before
 
 
-SMALL = {"distributed.worker.memory.target": 0.25, "distributed.worker.memory.spill": 0.35}
+#: A worker's memory has to hold what TensorFlow and its allocator take, too.
+SMALL = {"distributed.worker.memory.target": 0.1, "distributed.worker.memory.spill": 0.5}
 
 
 @pytest.mark.parametrize(
     "client",
-    [{"n_workers": 2, "threads_per_worker": 2, "memory_limit": "2GiB"}],
+    [
+        {
+            "n_workers": 2,
+            "threads_per_worker": 2,
+            "memory_limit": "3GiB",
+            "env": {"TF_ENABLE_ONEDNN_OPTS": "0"},
+        }
+    ],
     indirect=True,
     ids=["2x2"],
 )
 def test_models_are_spilled_and_read_back_under_pressure(client):
-    """Six times of what a worker keeps in memory goes through it, and back and forth again."""
-    client.run(zoo_config, SMALL)
-    number = 48
-    tasks = [client.submit(made, 64 * MEBIBYTE, i, pure=False) for i in range(number)]
+    """Four times what workers keep in memory goes through them, back and forth."""
+    client.run(spill_early, SMALL)
+    number = 80
+    tasks = [client.submit(made, 32 * MEBIBYTE, i, pure=False) for i in range(number)]
     wait(tasks, timeout=300)
-    total = checksum(dense(64 * MEBIBYTE))[0][1]
+    total = checksum(dense(32 * MEBIBYTE))[0][1]
     for _ in range(2):
         sums = client.gather([client.submit(checksum, each, pure=False) for each in tasks])
         found = [amount / total for ((_, amount),) in sums]
         assert found == pytest.approx(list(range(1, number + 1)), rel=1e-5)
     spilled = client.run(lambda dask_worker: len(dask_worker.data.disk))
-    assert sum(spilled.values()) > number / 4
+    assert sum(spilled.values()) > number / 2
     del tasks
     gc.collect()
     folders = client.run(lambda dask_worker: dask_worker.local_directory)
@@ -113,7 +121,7 @@ def test_models_are_spilled_and_read_back_under_pressure(client):
 
 
 @shipped
-def zoo_config(settings, dask_worker):
+def spill_early(settings, dask_worker):
     """Have a worker spill early, whatever the configuration that it was started with says."""
     manager = dask_worker.memory_manager
     manager.memory_target_fraction = settings["distributed.worker.memory.target"]
