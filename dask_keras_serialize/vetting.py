@@ -127,11 +127,8 @@ def _refusal(node: dict[str, Any], classes: dict[str, type]) -> str | None:
         return None
     if name in _NUMBERS:
         dtype = inner.get("dtype") if isinstance(inner, dict) else None
-        return (
-            None
-            if isinstance(dtype, str) and dtype in ITEMSIZE
-            else f"it holds numbers of dtype {dtype!r}"
-        )
+        known = isinstance(dtype, str) and dtype in ITEMSIZE
+        return None if known else f"it holds numbers of dtype {dtype!r}"
     if name == "function":
         named = functions_named(inner) if isinstance(inner, str) else ()
         if named and (module == "builtins" or any(_symbol(module, inner) is f for f in named)):

@@ -22,6 +22,8 @@ import numpy as np
 from dask.distributed import Client, LocalCluster
 from distributed.security import Security
 
+from dask_keras_serialize import DecodeError
+
 NO_CODE = {"DASK_DASK_KERAS_SERIALIZE__BY_VALUE": "False"}
 
 
@@ -95,7 +97,7 @@ def refused(client: Client, images: np.ndarray, model: Any) -> str:
     """Have a worker predict with a model; return what the error says, if it is one."""
     try:
         client.submit(predict, images, model=client.scatter(model)).result()
-    except Exception as error:
+    except DecodeError as error:
         return str(error)
     return "taken"
 

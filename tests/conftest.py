@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import venv
@@ -88,7 +89,9 @@ class Processes:
         self._logs = logs
         self._running: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
 
-    def start(self, *command: str | Path, env: dict[str, str] | None = None) -> None:
+    def start(
+        self, *command: str | Path, env: dict[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
         log = (self._logs / f"{len(self._running)}.log").open("wb")
         process = subprocess.Popen(
             [str(word) for word in command],
@@ -97,9 +100,7 @@ class Processes:
             env=os.environ | (env or {}),
         )
         self._running.append((process, log))
-
-    def newest(self) -> subprocess.Popen[bytes]:
-        return self._running[-1][0]
+        return process
 
     def log(self, number: int) -> str:
         return (self._logs / f"{number}.log").read_text()
@@ -121,6 +122,15 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
     running = Processes(tmp_path)
     yield running
     running.stop()
+
+
+def free_ports(count: int) -> list[str]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    try:
+        return [str(s.getsockname()[1]) for s in sockets]
+    finally:
+        for s in sockets:
+            s.close()
 
 
 @pytest.fixture(scope="session")

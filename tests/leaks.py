@@ -1,7 +1,7 @@
 """What a test may not leave behind in its process: threads, open files, locks.
 
-``conftest.py`` compares before and after each test. That nothing of what was received stays
-exported is what ``test_leaks.py`` asks.
+The fixture ``nothing_is_left`` compares before and after each test that uses it. That nothing of
+what was received stays exported is what ``test_leaks.py`` asks.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from distributed import Client
 
 from dask_keras_serialize import aside
 
-#: Threads of pools that a process keeps: distributed's, this package's, tqdm's.
-KEPT = ("Dask-Offload", "Dask-Keras", "IO loop", "Profile", "tqdm", "asyncio_")
+#: Threads of pools that a process keeps: distributed's, this package's, asyncio's.
+KEPT = ("Dask-Offload", "Dask-Keras", "asyncio_")
 
-#: Of the workers of a cluster that several tests share.
-OF_CLUSTERS = ("AsyncProcess", "QueueFeederThread")
+#: Of a cluster that several tests share, and its workers.
+OF_CLUSTERS = ("AsyncProcess", "QueueFeederThread", "IO loop", "Profile")
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ import keras
 import pytest
 import yaml
 
-from tests.conftest import ROOT, Processes
+from tests.conftest import ROOT, Processes, free_ports
 
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES = COMPOSE["services"]
@@ -188,15 +187,6 @@ class Here:
         while (result := self.check(service)).returncode:
             assert time.monotonic() < deadline, result.stderr
             time.sleep(min(pause, 0.5))
-
-
-def free_ports(count: int) -> list[str]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    try:
-        return [str(s.getsockname()[1]) for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
 
 
 @pytest.mark.cluster

@@ -10,7 +10,6 @@ import gc
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -26,7 +25,7 @@ from distributed import Client, Future, KilledWorker, wait
 from distributed.client import FutureCancelledError
 from distributed.utils import DequeHandler
 
-from tests.conftest import ROOT, shipped
+from tests.conftest import ROOT, free_ports, shipped
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(280)]
 
@@ -64,35 +63,35 @@ class Cluster:
 
     def __init__(self, processes, folder, host="127.0.0.1"):
         self._processes, self._folder = processes, folder
-        self._host, self._port = host, free_port()
+        self._host, (self._port,) = host, free_ports(1)
         self.scheduler = self.start_scheduler()
         self.workers = {}
 
     def start_scheduler(self):
-        self._processes.start(
+        return self._processes.start(
             DASK, "scheduler", "--host", self._host, "--port", self._port, "--no-dashboard",
             env={"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "1"},
         )  # fmt: skip
-        return self._processes.newest()
 
     @property
     def address(self):
         return f"tcp://{self._host}:{self._port}"
 
-    def start_worker(self, name, *options, before="", within="", **env):
+    def start_worker(self, name, *options, nanny=False, before="", within="", **env):
         """Start one; shell commands before it may limit it, or run it elsewhere."""
         command = [
             DASK, "worker", self.address, "--nthreads", "1", "--no-dashboard", "--name", name,
-            "--local-directory", self._folder / name, *options,
+            "--local-directory", self._folder / name,
+            "--nanny" if nanny else "--no-nanny", *options,
         ]  # fmt: skip
         words = " ".join(map(str, command))
-        self._processes.start("bash", "-c", f"{before} exec {within} {words}", env=env)
-        self.workers[name] = self._processes.newest()
+        shell = f"{before} exec {within} {words}"
+        self.workers[name] = self._processes.start("bash", "-c", shell, env=env)
 
     @contextlib.contextmanager
-    def client(self, workers):
+    def client(self):
         with Client(self.address, timeout=60) as client:
-            client.wait_for_workers(workers, timeout=60)
+            client.wait_for_workers(len(self.workers), timeout=60)
             client.run(warm)  # what is loaded once does not count as left behind
             yield client
 
@@ -117,12 +116,6 @@ def held_keys(dask_worker):
 @pytest.fixture
 def cluster(processes, tmp_path):
     return Cluster(processes, tmp_path)
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def pid_of(client, name):
@@ -191,9 +184,9 @@ def stands(*pids):
 
 @pytest.mark.parametrize("who", ["worker", "nanny"])
 def test_one_is_killed_while_a_worker_receives_a_model(cluster, who):
-    cluster.start_worker("a", "--no-nanny")
-    cluster.start_worker("b", "--nanny")
-    with cluster.client(2) as client:
+    cluster.start_worker("a")
+    cluster.start_worker("b", nanny=True)
+    with cluster.client() as client:
         before = stands(pid_of(client, "a"))
         model = dense(GIBIBYTE)
         held = client.scatter(model, workers=["a"], direct=True, hash=False)
@@ -230,9 +223,9 @@ class Slow:
 
 
 def test_a_worker_is_killed_while_it_rebuilds_a_model(cluster, tmp_path):
-    cluster.start_worker("a", "--no-nanny")
-    cluster.start_worker("b", "--nanny")
-    with cluster.client(2) as client:
+    cluster.start_worker("a")
+    cluster.start_worker("b", nanny=True)
+    with cluster.client() as client:
         before = stands(pid_of(client, "a"))
         model = dense(MEBIBYTE)
         model.note = Slow(str(tmp_path / "mark"))
@@ -260,8 +253,8 @@ def test_a_worker_is_killed_in_a_broadcast(cluster):
     long as the key is wanted, whatever it is of.
     """
     for name in "abc":
-        cluster.start_worker(name, "--no-nanny")
-    with cluster.client(3) as client, ThreadPoolExecutor() as threads:
+        cluster.start_worker(name)
+    with cluster.client() as client, ThreadPoolExecutor() as threads:
         before = stands(pid_of(client, "a"), pid_of(client, "b"))
         others = {address_of(client, name) for name in "ab"}
         model = dense(512 * MEBIBYTE)
@@ -315,8 +308,8 @@ SENDER = """
 def test_a_client_ends_in_the_middle_of_a_scatter(cluster, how, way):
     """What is whole distributed keeps, with nobody to want it, as it does arrays."""
     for name in "ab":
-        cluster.start_worker(name, "--no-nanny")
-    with cluster.client(2) as client:
+        cluster.start_worker(name)
+    with cluster.client() as client:
         pids = [pid_of(client, name) for name in "ab"]
         before = stands(*pids, cluster.scheduler.pid)
         receivers = pids if way == "direct" else [cluster.scheduler.pid]
@@ -351,12 +344,12 @@ def test_a_client_ends_in_the_middle_of_a_scatter(cluster, how, way):
 
 def test_the_disk_is_full_when_models_are_spilled(cluster, processes, tmp_path):
     """A limit on the size of files: writing fails in the middle, as where nothing is free."""
-    options = ["--no-nanny", "--memory-limit", "2GiB"]
+    options = ["--memory-limit", "2GiB"]
     memory = "DASK_DISTRIBUTED__WORKER__MEMORY__"
     limits = {f"{memory}TARGET": "0.2", f"{memory}SPILL": "0.3"}
     limits |= {f"{memory}PAUSE": "False", f"{memory}TERMINATE": "False"}
     cluster.start_worker("a", *options, before=f"ulimit -f {50 * 1024};", **limits)
-    with cluster.client(1) as client:
+    with cluster.client() as client:
         model = dense(100 * MEBIBYTE)
         held = [client.submit(made, 100 * MEBIBYTE, i, pure=False) for i in range(8)]
         wait(held, timeout=120)
@@ -380,8 +373,8 @@ def made(nbytes, number):
 
 
 def test_a_model_is_more_than_a_worker_may_have(cluster):
-    cluster.start_worker("a", "--nanny", "--memory-limit", "1500MiB")
-    with cluster.client(1) as client:
+    cluster.start_worker("a", "--memory-limit", "1500MiB", nanny=True)
+    with cluster.client() as client:
         task = client.submit(hoard, 100 * MEBIBYTE, 100, retries=0)
         with pytest.raises(KilledWorker, match="hoard"):
             task.result(timeout=200)
@@ -400,18 +393,18 @@ def hoard(nbytes, count):
 
 
 def test_the_scheduler_is_killed_and_started_again(cluster):
-    cluster.start_worker("a", "--no-nanny")
+    cluster.start_worker("a")
     model = dense(100 * MEBIBYTE)
-    with cluster.client(1) as client:
+    with cluster.client() as client:
         held = client.scatter(model, hash=False)
         cluster.scheduler.kill()
         cluster.scheduler.wait()
         with pytest.raises((FutureCancelledError, TimeoutError, OSError)):
             client.submit(checksum, held).result(timeout=30)
-    cluster.workers["a"].wait(60)  # which has nobody to work for any more
+    cluster.workers.pop("a").wait(60)  # which has nobody to work for any more
     cluster.scheduler = cluster.start_scheduler()
-    cluster.start_worker("b", "--no-nanny")
-    with cluster.client(1) as client:
+    cluster.start_worker("b")
+    with cluster.client() as client:
         held = client.scatter(model, hash=False)
         assert client.submit(checksum, held).result(timeout=60) == checksum(model)
 
@@ -436,7 +429,7 @@ class Network:
         """Add a namespace; return its address and the words to run a command in it."""
         space, here = f"{self._id}{name}", f"{self._id}{name}h"
         self.names.append(name)
-        address = f"{self._net}{len(self.names) + 1}"
+        address = self._address(name)
         ip("netns", "add", space)
         ip("link", "add", here, "type", "veth", "peer", "name", "eth0", "netns", space)
         ip("link", "set", here, "master", self._id, "up")
@@ -450,16 +443,20 @@ class Network:
 
     def cut(self, one, other):
         """Have what each sends the other go to a machine that is not there."""
-        for name, to in ((one, other), (other, one)):
-            address = f"{self._net}{self.names.index(to) + 2}"
-            ip("-n", self._id + name, "neigh", "replace", address, "lladdr", "02:00:00:00:00:99",
-               "dev", "eth0", "nud", "permanent")  # fmt: skip
+        nowhere = ["lladdr", "02:00:00:00:00:99", "nud", "permanent"]
+        self._tell_neighbours(one, other, "replace", *nowhere)
 
     def mend(self, one, other):
         """Put the two together again."""
+        self._tell_neighbours(one, other, "del")
+
+    def _tell_neighbours(self, one, other, what, *how):
         for name, to in ((one, other), (other, one)):
-            address = f"{self._net}{self.names.index(to) + 2}"
-            ip("-n", self._id + name, "neigh", "del", address, "dev", "eth0")
+            address = self._address(to)
+            ip("-n", self._id + name, "neigh", what, address, "dev", "eth0", *how)
+
+    def _address(self, name):
+        return f"{self._net}{self.names.index(name) + 2}"
 
     def close(self):
         for name in self.names:
@@ -484,8 +481,8 @@ def test_the_network_between_two_workers_is_cut(network, processes, tmp_path):
     waits = {"DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "15s"}
     for name in "ab":
         address, within = network.add(name)
-        cluster.start_worker(name, "--no-nanny", "--host", address, within=within, **waits)
-    with cluster.client(2) as client:
+        cluster.start_worker(name, "--host", address, within=within, **waits)
+    with cluster.client() as client:
         here, there = (pid_of(client, name) for name in "ab")
         before = stands(here, there)
         model = dense(GIBIBYTE)

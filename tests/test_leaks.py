@@ -45,10 +45,6 @@ def assert_given_back(buffers):
         buffer.clear()  # BufferError where a view is still exported
 
 
-def bits(model):
-    return [zoo.to_bytes(each) for each in model.variables]
-
-
 def large(by_value):
     model = keras.Sequential([keras.Input((256,)), keras.layers.Dense(256), keras.layers.Dense(2)])
     model.compile("adam", "mse")
@@ -66,7 +62,7 @@ def test_buffers_of_a_model_are_given_back_with_it(by_value, times):
     for _ in range(times):
         buffers = lent(frames)
         replica = deserialize_keras(header, [memoryview(b) for b in buffers])
-        assert bits(replica) == bits(model)
+        assert zoo.bits(replica) == zoo.bits(model)
         replica.predict(np.ones((4, 256)), verbose=0)
         del replica
         assert_given_back(buffers)
@@ -78,7 +74,7 @@ def test_buffers_of_pickle_are_given_back():
     packed = pickle.dumps(model, protocol=5, buffer_callback=out.append)
     buffers = lent(each.raw() for each in out)
     replica = pickle.loads(packed, buffers=buffers)
-    assert bits(replica) == bits(model)
+    assert zoo.bits(replica) == zoo.bits(model)
     twin = copy.deepcopy(replica)
     del replica, twin
     assert_given_back(buffers)

@@ -8,6 +8,7 @@ import gc
 import itertools
 import os
 
+import dask
 import keras
 import numpy as np
 import psutil
@@ -17,15 +18,18 @@ from distributed import Client, LocalCluster, wait
 from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
 from tests import zoo
 from tests.conftest import shipped
-from tests.test_faults import GIBIBYTE, MEBIBYTE, checksum, dense, made
+from tests.test_faults import GIBIBYTE, MEBIBYTE, checksum, dense, made, until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(580)]
 
 
 @pytest.fixture
 def client(request):
+    options = dict(request.param)
+    config = options.pop("config", {})
     with (
-        LocalCluster(dashboard_address=":0", **request.param) as cluster,
+        dask.config.set(config),
+        LocalCluster(dashboard_address=":0", **options) as cluster,
         Client(cluster) as client,
     ):
         yield client
@@ -42,10 +46,6 @@ def train(model, x, y):
     return model
 
 
-def bits(model):
-    return [zoo.to_bytes(each) for each in model.variables]
-
-
 def assert_near(found, expected):
     """Compare what two processes computed, of any structure."""
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
@@ -60,7 +60,7 @@ def test_eight_threads_predict_with_and_rebuild_the_same_and_other_models(client
     by_value.note = "by value"
     models.append(by_value)
     expected = [predict(model, zoo.X) for model in models]
-    before = [bits(model) for model in models]
+    before = [zoo.bits(model) for model in models]
     held = client.scatter(models, broadcast=True, hash=False)
     tasks, wanted = [], []
     for round_, number in itertools.product(range(16), range(len(models))):
@@ -77,7 +77,7 @@ def test_eight_threads_predict_with_and_rebuild_the_same_and_other_models(client
     for model in client.gather(trained):
         assert int(model.optimizer.iterations.numpy()) > int(models[1].optimizer.iterations.numpy())
     # nobody's predictions or training changed what others hold
-    assert [bits(model) for model in client.gather(held)] == before
+    assert [zoo.bits(model) for model in client.gather(held)] == before
 
 
 #: A worker's memory has to hold what TensorFlow and its allocator take, too.
@@ -91,6 +91,7 @@ SMALL = {"distributed.worker.memory.target": 0.1, "distributed.worker.memory.spi
             "n_workers": 2,
             "threads_per_worker": 2,
             "memory_limit": "3GiB",
+            "config": SMALL,
             "env": {"TF_ENABLE_ONEDNN_OPTS": "0"},
         }
     ],
@@ -99,7 +100,6 @@ SMALL = {"distributed.worker.memory.target": 0.1, "distributed.worker.memory.spi
 )
 def test_models_are_spilled_and_read_back_under_pressure(client):
     """Four times what workers keep in memory goes through them, back and forth."""
-    client.run(spill_early, SMALL)
     number = 80
     tasks = [client.submit(made, 32 * MEBIBYTE, i, pure=False) for i in range(number)]
     wait(tasks, timeout=300)
@@ -113,20 +113,10 @@ def test_models_are_spilled_and_read_back_under_pressure(client):
     del tasks
     gc.collect()
     folders = client.run(lambda dask_worker: dask_worker.local_directory)
-    deadline = 100
-    while any(files_in(folder) for folder in folders.values()):
-        deadline -= 1
-        assert deadline, "spilled models stay on disk"
-        client.run(gc.collect)
-
-
-@shipped
-def spill_early(settings, dask_worker):
-    """Have a worker spill early, whatever the configuration that it was started with says."""
-    manager = dask_worker.memory_manager
-    manager.memory_target_fraction = settings["distributed.worker.memory.target"]
-    manager.memory_spill_fraction = settings["distributed.worker.memory.spill"]
-    dask_worker.data.fast.n = manager.memory_limit * manager.memory_target_fraction
+    until(
+        lambda: client.run(gc.collect) and not any(map(files_in, folders.values())),
+        "spilled models stay on disk",
+    )
 
 
 def files_in(folder):
@@ -165,7 +155,7 @@ def test_ten_thousand_small_tensors(client):
     there = client.submit(numbers, client.scatter(model, hash=False)).result(timeout=300)
     assert there == [float(i) for i in range(10_000)]
     twin = deserialize_keras(header, [bytes(frame) for frame in frames])
-    assert bits(twin) == bits(model)
+    assert zoo.bits(twin) == zoo.bits(model)
 
 
 @shipped

@@ -620,6 +620,10 @@ def to_bytes(variable: keras.Variable) -> bytes:
     return repr(array.tolist()).encode() if array.dtype == object else array.tobytes()
 
 
+def bits(model: keras.Model) -> list[bytes]:
+    return [to_bytes(variable) for variable in model.variables]
+
+
 def address(variable: keras.Variable) -> int:
     """Say where a variable's value lies."""
     if keras.backend.backend() == "torch":
