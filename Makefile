@@ -22,9 +22,16 @@ TEST_SECONDS ?= 2400
 
 # the same for everybody who tests and measures
 PINS := $(if $(filter torch together bench,$(BACKEND_EXTRA)),torch==2.13.0)
+# highest or lowest-direct: of what setup.cfg allows, by uv, for pip takes no oldest
+RESOLUTION ?=
+OLDEST_PYTHON ?= python3.11
+NEWEST_PYTHON ?= python3.13
+VERSIONS_BACKENDS ?= tensorflow jax torch
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(BACKEND_EXTRA)
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+UV := $(BIN)/python -m uv pip install --quiet --python $(BIN)/python --resolution $(RESOLUTION)
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 # the backend that was installed, whatever a keras.json in the home folder says
@@ -36,7 +43,7 @@ GPU_VENV := $(VENV)-gpu-$(KERAS_BACKEND)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo examples test test-jax test-torch test-together test-dask-ml test-gpu \
-  test-programs test-faults test-long fuzz soak lint format bench bench-all fidelity build clean
+  test-programs test-versions test-faults test-long fuzz soak lint format bench bench-all fidelity build clean
 
 help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,7 +55,8 @@ $(INSTALLED): setup.cfg pyproject.toml
 	  "Python 3.11 or later is needed, this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "installing $(EXTRAS) into $(VENV): a minute or two, once"
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(PINS) --editable '.[$(EXTRAS)]'
+	$(if $(RESOLUTION),$(PIP) uv)
+	$(if $(RESOLUTION),$(UV),$(PIP)) $(PINS) --editable '.[$(EXTRAS)]'
 	@touch $@
 
 demo: $(INSTALLED) ## train and predict on two workers, check every bit, draw examples/output/demo.png
@@ -79,6 +87,21 @@ test-dask-ml: ## run the tests of dask-ml's searches, in an environment of its o
 	$(MAKE) test VENV=$(VENV)-dask-ml KERAS_BACKEND=tensorflow MARKS="not gpu" \
 	  EXTRAS=test,dask-ml,tensorflow-cpu \
 	  PYTEST_ARGS="tests/test_dask_ml.py tests/test_search.py tests/test_sklearn.py --timeout=600"
+
+# dependencies of the oldest warn in newer ones of their own: only there warnings are no errors
+test-versions: ## the tests on the oldest versions of all that setup.cfg allows, the newest, and both at once; 90 minutes
+	$(MAKE) install $(OLDEST)
+	$(MAKE) install $(NEWEST)
+	for backend in $(VERSIONS_BACKENDS); do \
+	  $(MAKE) test $(OLDEST) KERAS_BACKEND=$$backend PYTEST_ARGS="-W default $(PYTEST_ARGS)" \
+	    OTHER_PYTHON=$(VENV)-newest/bin/python || exit 1; \
+	  $(MAKE) test $(NEWEST) KERAS_BACKEND=$$backend OTHER_PYTHON=$(VENV)-oldest/bin/python || exit 1; \
+	done
+
+OLDEST := BACKEND_EXTRA=oldest VENV=$(VENV)-oldest PYTHON=$(OLDEST_PYTHON) RESOLUTION=lowest-direct
+NEWEST := BACKEND_EXTRA=newest VENV=$(VENV)-newest PYTHON=$(NEWEST_PYTHON) RESOLUTION=highest
+OLDEST += EXTRAS=test,tensorflow-cpu,jax,torch
+NEWEST += EXTRAS=test,tensorflow-cpu,jax,torch
 
 # the processes of these tests share a GPU: none may take most of it at once
 test-gpu: export XLA_PYTHON_CLIENT_PREALLOCATE = false

@@ -24,7 +24,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from dask_keras_serialize import compiled, fidelity, private
+from dask_keras_serialize import compiled, fidelity, private, skew
 from dask_keras_serialize.backends import Array
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.parts import Description, Key, Rebuilt
@@ -175,8 +175,8 @@ def load(vetted: Vetted, values: Values, extras: list[Array]) -> Rebuilt:
             raise
         except Exception as error:  # from_config is anybody's code
             raise DecodeError(
-                f"{owner}: its config cannot be rebuilt by keras {keras.version()} here "
-                f"(sent by keras {values.header.versions.get('keras')}): {error!r}"
+                f"{owner}: its config cannot be rebuilt here: {skew.in_short(error)}; "
+                f"{skew.named(values.header)}"
             ) from error
     return Rebuilt(model, functools.partial(parts_of, model))
 

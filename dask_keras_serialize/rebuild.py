@@ -25,7 +25,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from dask_keras_serialize import backends, private, strings
+from dask_keras_serialize import backends, private, skew, strings
 from dask_keras_serialize.aside import own_random
 from dask_keras_serialize.cuda import DeviceFrame
 from dask_keras_serialize.errors import DecodeError
@@ -214,7 +214,7 @@ def assign_rest(variables: Sequence[keras.Variable], given: Given, values: Value
     if len(variables) != len(table):
         raise DecodeError(
             f"{owner}: its config rebuilds {len(variables)} variables here where "
-            f"{len(table)} were sent; {_versions(values.header)}"
+            f"{len(table)} were sent; {skew.named(values.header)}"
         )
     for index, (variable, entry) in enumerate(zip(variables, table, strict=True)):
         check_fits(variable, index, values.header)
@@ -251,12 +251,5 @@ def check_fits(variable: keras.Variable, index: int, header: Header) -> None:
         raise DecodeError(
             f"{header.owner}: variable {index} was sent as {entry.path!r} {entry.shape} "
             f"{entry.dtype} but is rebuilt here as {variable.path!r} "
-            f"{tuple(variable.shape)} {variable.dtype}; {_versions(header)}"
+            f"{tuple(variable.shape)} {variable.dtype}; {skew.named(header)}"
         )
-
-
-def _versions(header: Header) -> str:
-    theirs, here = header.versions.get("keras"), keras.version()
-    if theirs == here:
-        return f"both sides run keras {here}: report it with the model's config"
-    return f"it was sent by keras {theirs}, this is keras {here}: use the same on both sides"

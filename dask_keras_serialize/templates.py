@@ -117,7 +117,7 @@ def load(body: dict[str, Any], values: Values, extras: list[Array]) -> Rebuilt:
     variable's bytes.
     """
     with uncollected():
-        vetted = vetting.read(body.get("config"), values.header.owner)
+        vetted = vetting.read(body.get("config"), values.header)
     config = vetted.config
     key = _key(config, values) if _wanted() and not extras and not vetted.classes else None
     if key is None:

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import keras
 from dask import config as dask_config
 
+from dask_keras_serialize import skew
 from dask_keras_serialize.errors import DecodeError
-from dask_keras_serialize.header import FORMAT, ITEMSIZE
+from dask_keras_serialize.header import FORMAT, ITEMSIZE, Header
 from dask_keras_serialize.layerwise import NEVER_BY_CONFIG
 from dask_keras_serialize.likeness import functions_named
 
@@ -49,7 +50,7 @@ class Vetted(NamedTuple):
     Attributes
     ----------
     config : dict
-        As it was sent; the receiver's to change.
+        As it was sent, less what is not used and unknown here; the receiver's to change.
     classes : dict of str to type
         Those of the user's own modules in it, by the names Keras looks them up by.
     """
@@ -58,15 +59,15 @@ class Vetted(NamedTuple):
     classes: dict[str, type]
 
 
-def read(text: Any, owner: str) -> Vetted:
+def read(text: Any, header: Header) -> Vetted:
     """Read a config, trusting nothing.
 
     Parameters
     ----------
     text : str
         JSON, as ``by_config.dump`` wrote it.
-    owner : str
-        Whose it is, for the error.
+    header : Header
+        Of the object that it is of.
 
     Raises
     ------
@@ -86,7 +87,7 @@ def read(text: Any, owner: str) -> Vetted:
             named.append(node)
         return node
 
-    problem = f"{owner}: its config cannot be rebuilt here"
+    problem = f"{header.owner}: its config cannot be rebuilt here"
     try:
         config = json.loads(text, object_hook=note)
     except (TypeError, ValueError, RecursionError) as error:
@@ -95,9 +96,15 @@ def read(text: Any, owner: str) -> Vetted:
         if not isinstance(config, dict) or not fits(config.get(key, ...)):
             raise DecodeError(f"{problem}, it is malformed at {key!r}; send it again")
     classes: dict[str, type] = {}
+    is_newer = skew.is_newer(header)
+    ending = f"; {skew.named(header)}" if is_newer else ""
     for node in named:
         if reason := _refusal(node, classes):
-            raise DecodeError(f"{problem}: {reason}")
+            raise DecodeError(f"{problem}: {reason}{ending}")
+        if is_newer and isinstance(node["config"], dict):
+            cls = _symbol(node.get("module"), node["class_name"])
+            if isinstance(cls, type):
+                skew.leave_out_unused(cls, node["config"])
     return Vetted(config, classes)
 
 

@@ -42,6 +42,9 @@ IN_TENSORFLOW = (
 if keras.backend.backend() != "tensorflow":
     ELSEWHERE |= dict.fromkeys(IN_TENSORFLOW, "needs TensorFlow")
 
+#: The Keras that this is the catalogue of; older ones have less.
+OF_KERAS = (3, 15)
+
 #: Public names that make an instance of another class.
 FACTORIES = {"Model"}
 
@@ -50,7 +53,12 @@ def public_classes() -> dict[str, type]:
     """Find every class in the namespaces, each under one name: its own, else its longest."""
     found: dict[type, list[tuple[bool, int, int, str]]] = {}
     for order, space in enumerate(NAMESPACES):
-        module = attrgetter(space)(keras) if space else keras
+        try:
+            module = attrgetter(space)(keras) if space else keras
+        except AttributeError:
+            if zoo.KERAS >= OF_KERAS:
+                raise
+            continue
         for name, cls in inspect.getmembers(module, inspect.isclass):
             if not name.startswith("_"):
                 rank = (name != cls.__name__, order, -len(name), f"{space}.{name}".lstrip("."))
@@ -75,7 +83,16 @@ def each(names: str, /, *on: Any, **kwargs: Any) -> Specs:
 
 def new(name: str, /, *args: Any, **kwargs: Any) -> Callable[[], Any]:
     """Look the class up only when it is made: older versions of Keras lack some."""
-    return lambda: attrgetter(name)(keras)(*args, **kwargs)
+
+    def make() -> Any:
+        cls = attrgetter(name)(keras)
+        if zoo.KERAS >= OF_KERAS:
+            return cls(*args, **kwargs)
+        taken = inspect.signature(cls).parameters
+        some = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+        return cls(*args, **{k: v for k, v in kwargs.items() if some or k in taken})
+
+    return make
 
 
 def citizens(space: str, way: Callable[..., Citizen], specs: Specs) -> dict[str, Citizen]:
@@ -813,9 +830,24 @@ CITIZENS: dict[str, Citizen] = {
     "name_scope": Citizen(new("name_scope", "n"), attributes),
 }
 
-# ---- applications
 for name in ELSEWHERE.keys() & CITIZENS.keys():
     del CITIZENS[name]
+#: What Keras itself could not make or use on TensorFlow, up to when.
+BROKEN_BEFORE = {
+    "distribution.DataParallel": (3, 15), "distribution.ModelParallel": (3, 15),
+    "optimizers.Muon": (3, 13),
+}  # fmt: skip
+if keras.backend.backend() == "tensorflow":
+    for name in [each for each, end in BROKEN_BEFORE.items() if end > zoo.KERAS]:
+        ELSEWHERE[name] = "Keras's own does not work"
+        del CITIZENS[name]
+if zoo.KERAS < OF_KERAS:
+    here = public_classes().keys() | FACTORIES
+    ELSEWHERE = {name: why for name, why in ELSEWHERE.items() if name in here}
+    for name in CITIZENS.keys() - here:
+        del CITIZENS[name]
+
+# ---- applications
 
 #: The least side that each takes, where it is not 32.
 SIDES = {"InceptionResNetV2": 75, "InceptionV3": 75, "Xception": 71}

@@ -10,6 +10,7 @@ import sys
 import venv
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -33,6 +34,9 @@ collect_ignore = [f"test_{name}.py" for name in backends.NAMES if name != keras.
 #: That of all of them together, which `make test-together` runs where they all are.
 if not all(map(find_spec, (*backends.NAMES, "keras_hub"))):
     collect_ignore += ["test_together.py", "hub.py"]
+#: Those with another environment's versions, which `make test-versions` tells where it is.
+if "OTHER_PYTHON" not in os.environ:
+    collect_ignore += ["test_versions.py"]
 #: Those of dask-ml, which `make test-dask-ml` runs where it is.
 if not find_spec("dask_ml"):
     collect_ignore += ["test_dask_ml.py", "test_search.py"]
@@ -74,10 +78,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def core_bin(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Install the wheel, and nothing else, into an environment of its own."""
+    """Install the wheel, and what it needs alone, into an environment of its own."""
     folder = tmp_path_factory.mktemp("core")
     venv.create(folder)
     pip = [sys.executable, "-m", "pip", "--python", str(folder), "install", "--quiet", str(wheel)]
+    # of the version here: the processes of a cluster want to be of one
+    pip += [f"{name}=={version(name)}" for name in ("dask", "distributed")]
     subprocess.run(pip, check=True, capture_output=True, timeout=240)
     return folder / "bin"
 
@@ -175,13 +181,15 @@ def shipped(thing: Any) -> Any:
     return thing
 
 
-def run_module(name: str, *arguments: object, **env: str) -> str:
+def run_module(
+    name: str, *arguments: object, python: str | Path = sys.executable, **env: str
+) -> str:
     """Run one of the tests' modules as a process, to its end; return what it prints.
 
     For what settles once a backend is imported, or devices are used, and is another here.
     """
     ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", name, *map(str, arguments)],
+        [python, "-W", "ignore", "-m", name, *map(str, arguments)],
         env=os.environ | env,
         cwd=ROOT,
         capture_output=True,

@@ -4,10 +4,11 @@ import copy
 import json
 import sys
 
+import keras
 import numpy as np
 import pytest
 
-from dask_keras_serialize.errors import DecodeError
+from dask_keras_serialize.errors import DecodeError, KerasSerializeError
 from dask_keras_serialize.fingerprints import fingerprints
 from dask_keras_serialize.frames import as_frames, layout
 from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
@@ -92,3 +93,52 @@ def test_the_format_is_the_one_that_its_version_says():
     path = FORMATS / f"{FORMAT_VERSION}.json"
     assert path.exists(), f"a new format: keep it as {path}, and what it sends in {golden.FOLDER}"
     assert found == json.loads(path.read_text()), "raise FORMAT_VERSION in header.py"
+
+
+#: What sent it says that it is.
+NEWER = {"keras": "99.0.0"}
+
+
+def of_newer_keras(config_of_layer):
+    """Serialize a model as a newer Keras might, whose Dense has more arguments."""
+    source = zoo.build("trained")
+    header, frames = serialize_keras(source)
+    config = json.loads(header["body"]["config"])
+    dense = [each for each in config["model"]["config"]["layers"] if each["class_name"] == "Dense"]
+    for each in dense:
+        config_of_layer(each)
+    assert dense
+    header |= {"versions": header["versions"] | NEWER}
+    return source, header | {"body": header["body"] | {"config": json.dumps(config)}}, frames
+
+
+def test_arguments_of_a_newer_keras_that_do_nothing_are_left_out():
+    more = {"quantized": None, "gated": False, "gated_by": 0.5}
+    source, *sent = of_newer_keras(lambda dense: dense["config"].update(more))
+    zoo.assert_same(source, deserialize_keras(*sent))
+    sent[0]["versions"]["keras"] = keras.version()  # who says so knows what it sends
+    with pytest.raises(DecodeError, match="quantized"):
+        deserialize_keras(*sent)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda dense: dense["config"].update(gated=True), "gated"),
+        (lambda dense: dense["config"].update(gate=None, gated_by=0.5), "gated_by"),
+        (lambda dense: dense.update(class_name="Denser"), "Denser"),
+        (lambda dense: dense["config"].update(activation="newlu"), "newlu"),
+    ],
+)
+def test_what_only_a_newer_keras_can_do_is_refused_and_both_are_named(change, what):
+    _, *sent = of_newer_keras(change)
+    with pytest.raises(DecodeError, match=rf"{what}.*keras 99\.0\.0.*{keras.version()}") as refused:
+        deserialize_keras(*sent)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 1000
+
+
+def test_an_older_keras_than_works_is_refused(monkeypatch):
+    monkeypatch.setattr(keras, "version", lambda: "3.10.0")
+    with pytest.raises(KerasSerializeError, match=r"keras 3\.10\.0 is older than 3\.11.*upgrade"):
+        serialize_keras(zoo.build("sequential"))

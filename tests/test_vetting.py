@@ -236,6 +236,26 @@ def test_no_asset_leaves_its_folder(name, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif("vocabulary" in zoo.NOT_HERE, reason="lookups are TensorFlow's")
+def test_no_link_is_followed(tmp_path, monkeypatch):
+    """Neither one where assets could be written, nor one that a config names."""
+    theirs = tmp_path / "theirs"
+    theirs.write_text("c\nd")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    source = zoo.build("vocabulary")
+    header, frames = serialize_keras(source)
+    name = json.loads(header["body"]["config"])["assets"][0][1]
+    link = tmp_path / "temporary" / name
+    link.symlink_to(theirs)
+    zoo.assert_same(source, deserialize_keras(header, frames))
+    assert theirs.read_text() == "c\nd"
+    assert list(link.parent.iterdir()) == [link]
+    monkeypatch.setattr(keras.saving, "deserialize_keras_object", pytest.fail)
+    for kind in ("StringLookup", "IntegerLookup", "TextVectorization"):
+        refused(*with_layer(layer(kind, vocabulary=str(link))), kind)
+
+
 def test_duplicate_keys_and_escapes_hide_nothing(canary):
     header, frames = serialize_keras(model())
     text = header["body"]["config"]

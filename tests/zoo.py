@@ -544,6 +544,10 @@ IN_TENSORFLOW = {"vocabulary", "words", "word counts", "document frequencies", "
 NOT_HERE = {"tensorflow": set[str](), "torch": IN_TENSORFLOW}.get(
     keras.backend.backend(), IN_TENSORFLOW | {"trained under float64"}
 )
+#: The first Keras that has them.
+SINCE = {"regularizer of one's own": (3, 15)}
+KERAS = tuple(map(int, keras.version().split(".")[:2]))
+NOT_HERE |= {name for name, first in SINCE.items() if first > KERAS}
 for models in (BY_CONFIG, BY_VALUE):
     for name in NOT_HERE & models.keys():
         del models[name]

@@ -55,6 +55,10 @@ from dask_keras_serialize.header import numpy_dtype
 
 Array = npt.NDArray[np.generic]
 
+#: The oldest Keras that works. Configs of older ones do not tell a list of one tensor from the
+#: tensor (3.10: keras/src/models/functional.py, functional_from_config).
+OLDEST_KERAS = (3, 11)
+
 NAMES = ("tensorflow", "jax", "torch")
 
 #: Packages whose code belongs to a backend.
@@ -264,10 +268,16 @@ def current() -> tuple[str, Backend]:
     Raises
     ------
     KerasSerializeError
-        If there is no adapter for it.
+        If there is no adapter for it, or Keras is older than :data:`OLDEST_KERAS`.
     """
     import keras
 
+    if tuple(map(int, keras.version().split(".")[:2])) < OLDEST_KERAS:
+        oldest = ".".join(map(str, OLDEST_KERAS))
+        raise KerasSerializeError(
+            f"keras {keras.version()} is older than {oldest}, the oldest that works with "
+            "dask_keras_serialize: upgrade it"
+        )
     name = keras.backend.backend()
     if name not in NAMES:
         raise KerasSerializeError(

@@ -9,5 +9,7 @@ match sys.argv[1:]:
         golden.write(golden.FOLDER, {name: zoo.ALL[name] for name in golden.NAMES})
     case ["write", folder]:
         golden.write(Path(folder), golden.models())
+    case ["write-all", folder]:
+        golden.write(Path(folder), golden.every_model())
     case ["check", folder]:
         print(json.dumps(golden.check_all(Path(folder))))

@@ -1,0 +1,69 @@
+"""Configs of a newer Keras, which name arguments that the one here does not take yet.
+
+Keras's classes gain arguments, whose defaults mean what was so before, and a config holds them all:
+3.15's Dense has a ``quantization_config``, always, which 3.11's refuses. One that is not used is
+left out; one that is used means something that this Keras cannot do, and is refused by it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from typing import Any
+
+import keras
+
+from dask_keras_serialize.header import Header, minor
+
+
+def is_newer(header: Header) -> bool:
+    """Say whether an object was sent by a newer minor version of Keras than is here."""
+    try:
+        theirs, here = (
+            tuple(map(int, minor(version)))
+            for version in (header.versions.get("keras", ""), keras.version())
+        )
+    except ValueError:  # it says none
+        return False
+    return theirs > here
+
+
+def named(header: Header) -> str:
+    """Name both sides' versions of Keras, and the way out, as the end of an error."""
+    theirs, here = header.versions.get("keras"), keras.version()
+    if theirs == here:
+        return f"both sides run keras {here}: report it with the model's config"
+    return f"it was sent by keras {theirs}, this is keras {here}: use the same on both sides"
+
+
+def leave_out_unused(cls: type, config: dict[str, Any]) -> None:
+    """Take out of a class's config the arguments that it does not take and that do nothing.
+
+    These are None or False, and what sets those that are: ``renorm_momentum`` where ``renorm`` is
+    False.
+    """
+    taken = _arguments(cls)
+    unknown = [key for key in config if key not in taken]
+    off = [key for key in unknown if config[key] is None or config[key] is False]
+    for key in unknown:
+        if key in off or key.startswith(tuple(f"{each}_" for each in off)):
+            del config[key]
+
+
+@functools.lru_cache(1024)
+def _arguments(cls: type) -> frozenset[str]:
+    """List what a class and its bases take by name."""
+    return frozenset(
+        name
+        for base in cls.__mro__
+        if "__init__" in vars(base)
+        for name in inspect.signature(vars(base)["__init__"]).parameters
+    )
+
+
+def in_short(error: Exception) -> str:
+    """Say in one line what Keras said of a config, but not the config, which it repeats."""
+    last = str(error).rpartition("Exception encountered: ")[2]
+    text = re.sub(r"\s+", " ", last).strip()
+    return f"{type(error).__name__}: {text[:400]}"
