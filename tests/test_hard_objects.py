@@ -100,6 +100,7 @@ def test_a_functional_subclass(send):
     zoo.assert_same(model, send(model))
 
 
+@pytest.mark.skipif(not hasattr(keras.optimizers, "ScheduleFreeAdamW"), reason="of Keras 3.14")
 def test_slots_that_start_from_their_variables(send):
     model = stack(layers.Dense(2))
     model.compile(keras.optimizers.ScheduleFreeAdamW(0.1), "mse")
