@@ -266,8 +266,10 @@ def remember(model: keras.Model, seeds: list[tuple[int, str, int]], paths: list[
 
 def _freeze(model: keras.Model, frozen: list[int], values: Values) -> None:
     """Set every trainable flag: a layer's own after those above it, variables' last."""
-    places = frozenset(frozen)
-    for i, layer in enumerate([model, *private.flatten_layers(model)]):
+    places, layers = frozenset(frozen), [model, *private.flatten_layers(model)]
+    if not places <= set(range(len(layers))):
+        raise DecodeError(f"model {model.name!r}: layers were sent as frozen that it has not got")
+    for i, layer in enumerate(layers):
         # even if it is so already: setting it on a model sets it on all its layers
         if places or not layer.trainable:
             layer.trainable = i not in places

@@ -9,7 +9,7 @@ at them is to copy them.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -25,9 +25,9 @@ def check(
     frames: Sequence[AnyFrame],
     sizes: Sequence[int],
     fingerprints: Sequence[int],
-    whole: Sequence[int],
+    whole: Collection[int],
     owner: str,
-    unread: Sequence[int] = (),
+    unread: Collection[int] = (),
 ) -> None:
     """Refuse frames that are not, one for one, those that were sent.
 
@@ -37,11 +37,11 @@ def check(
         What arrived.
     sizes, fingerprints : sequence of int
         Length in bytes and the fingerprint of each frame as it was sent.
-    whole : sequence of int
+    whole : collection of int
         Frames whose fingerprint is over all their bytes.
     owner : str
         Whose frames they are, for the error.
-    unread : sequence of int
+    unread : collection of int
         Frames that were sent from a GPU's memory, without a fingerprint.
 
     Raises
@@ -55,6 +55,7 @@ def check(
             f"{owner}: {len(frames)} frames arrived where {len(sizes)} were sent; "
             "frames are missing or extra, send it again"
         )
+    whole, unread = frozenset(whole), frozenset(unread)
     for i, (frame, size, mark) in enumerate(zip(frames, sizes, fingerprints, strict=True)):
         if frame.nbytes != size:
             raise DecodeError(

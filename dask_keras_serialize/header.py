@@ -196,7 +196,7 @@ class Header:
                 "both have the package installed and registered"
             )
         version = wire.get("format-version")
-        if version != FORMAT_VERSION:
+        if version != FORMAT_VERSION or isinstance(version, bool):
             raise DecodeError(
                 f"wire format {version!r} cannot be read by {FORMAT} "
                 f"{package_version()}, which reads format {FORMAT_VERSION}; install the "

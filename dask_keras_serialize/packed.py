@@ -248,13 +248,19 @@ def receive(
     DecodeError
         If its header cannot be read.
     """
-    whole = [link for link in links if isinstance(link, Parcel)]
-    if len(whole) < len(links):
-        return next(link for link in links if isinstance(link, BrokenObject))
     try:
-        return Parcel(header, buffers, whole)
+        if not isinstance(links, list | tuple) or not all(map(_is_link, links)):
+            raise DecodeError("malformed parcel: its links are none; send it again")
+        for link in links:
+            if isinstance(link, BrokenObject):
+                return link
+        return Parcel(header, buffers, links)
     except DecodeError as error:
         return broken(error)
+
+
+def _is_link(value: object) -> bool:
+    return isinstance(value, Parcel | BrokenObject)
 
 
 def take(parcel: Parcel | BrokenObject, key: Key | None) -> Any:

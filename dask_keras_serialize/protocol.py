@@ -310,7 +310,7 @@ def _check_environment(header: Header) -> None:
         raise DecodeError(f"{header.owner}: sent from an unknown backend {header.backend!r}")
     if header.encoding == "config":
         return
-    if not config.get(f"{FORMAT}.by-value", True):
+    if config.get(f"{FORMAT}.by-value", True) is not True:  # "no" is no True either
         code = ", ".join(str(row[0]) for row in header.body.get("code", ()) if row) or "none"
         raise DecodeError(
             f"{header.owner}: it travels by value, which runs pickle, and the setting "

@@ -170,12 +170,14 @@ def values_at_creation(values: Values) -> Iterator[Given]:
     for index, entry in enumerate(values.header.variables):
         waiting[_hint(entry.path), entry.shape, entry.dtype].append(index)
     builder = threading.get_ident()
+    spare = max(values.header.nbytes, LARGE)  # for what finds no value until all are built
     cls = keras.Variable
     original: Callable[[Any, Any], None] = cls._initialize_with_initializer
 
     def initialize(variable: keras.Variable, initializer: Any) -> None:
+        nonlocal spare
         if threading.get_ident() == builder:
-            _afford(variable, values.header)
+            _afford(variable, values.header, max(values.header.nbytes, LARGE))
             queue = waiting.get((_hint(variable.path), tuple(variable._shape), variable.dtype))
             if queue:
                 index = queue.popleft()
@@ -184,6 +186,7 @@ def values_at_creation(values: Values) -> Iterator[Given]:
                 values.place(index, functools.partial(values.backend.initialize, variable))
                 given[id(variable)] = index, variable
                 return
+            spare -= _afford(variable, values.header, spare)
         original(variable, initializer)
 
     cls._initialize_with_initializer = initialize
@@ -225,14 +228,22 @@ def assign_rest(variables: Sequence[keras.Variable], given: Given, values: Value
             variable.trainable = entry.trainable
 
 
-def _afford(variable: keras.Variable, header: Header) -> None:
-    """Refuse to create a variable larger than all that was sent: the config lies."""
+def _afford(variable: keras.Variable, header: Header, most: int) -> int:
+    """Return a new variable's bytes; refuse to create more than all that was sent: a config lies.
+
+    Raises
+    ------
+    DecodeError
+        If they are more than ``most``.
+    """
     shape = tuple(variable._shape)
-    if math.prod(shape) * ITEMSIZE.get(variable.dtype, 1) > max(header.nbytes, LARGE):
+    nbytes: int = math.prod(shape) * ITEMSIZE.get(variable.dtype, 1)
+    if nbytes > most:
         raise DecodeError(
             f"{header.owner}: its config asks for a variable {variable.path!r} of shape {shape}, "
-            "larger than all the bytes that were sent; send it again"
+            "larger than all the bytes that were sent, or than what was left of them; send it again"
         )
+    return nbytes
 
 
 def _hint(path: str) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """Configs of a newer Keras, which name arguments that the one here does not take yet.
 
 Keras's classes gain arguments, whose defaults mean what was so before, and a config holds them all:
-3.15's Dense has a ``quantization_config``, always, which 3.11's refuses. One that is not used is
-left out; one that is used means something that this Keras cannot do, and is refused by it.
+3.15's Dense has a ``quantization_config``, always, which 3.11's refuses. None is left out; any
+other value may mean something that this Keras cannot do, even False, and is refused by it.
 """
 
 from __future__ import annotations
@@ -38,17 +38,10 @@ def named(header: Header) -> str:
 
 
 def leave_out_unused(cls: type, config: dict[str, Any]) -> None:
-    """Take out of a class's config the arguments that it does not take and that do nothing.
-
-    These are None or False, and what sets those that are: ``renorm_momentum`` where ``renorm`` is
-    False.
-    """
+    """Take out of a class's config the arguments that it does not take and that are None."""
     taken = _arguments(cls)
-    unknown = [key for key in config if key not in taken]
-    off = [key for key in unknown if config[key] is None or config[key] is False]
-    for key in unknown:
-        if key in off or key.startswith(tuple(f"{each}_" for each in off)):
-            del config[key]
+    for key in [key for key, value in config.items() if value is None and key not in taken]:
+        del config[key]
 
 
 @functools.lru_cache(1024)

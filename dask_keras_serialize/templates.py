@@ -165,7 +165,7 @@ def forgotten() -> Iterator[None]:
 
 def _wanted() -> bool:
     """Say whether models may be cloned; that is by value, if from this process alone."""
-    return all(dask_config.get(f"{FORMAT}.{name}", True) for name in ("clone", "by-value"))
+    return all(dask_config.get(f"{FORMAT}.{name}", True) is True for name in ("clone", "by-value"))
 
 
 def _key(config: dict[str, Any], values: Values) -> bytes | None:

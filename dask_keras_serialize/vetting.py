@@ -13,7 +13,7 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
@@ -37,8 +37,12 @@ _OWN_NAMES = (None, "Functional", "Sequential")
 #: Arguments that are data, or where to read it: a path, which would be this machine's.
 _FILES = ("vocabulary", "idf_weights")
 
-#: Arguments of operations that say how many tensors they make.
-_COUNTS = ("indices_or_sections", "num")
+#: Arguments that say how many tensors, thresholds, n-grams, copies are made, of whatever is sent.
+_COUNTS = ("indices_or_sections", "num", "num_thresholds", "ngrams", "n")
+
+#: Arguments that Keras takes for regular expressions, and a group repeated, which makes some
+#: of them take for ever.
+_PATTERNS, _REPEATED = ("exclude_layers",), re.compile(r"\)\s*[*+?{]")
 
 #: More tensors no operation makes; building that many takes a second.
 MOST_TENSORS = 10_000
@@ -96,6 +100,8 @@ def read(text: Any, header: Header) -> Vetted:
         if not isinstance(config, dict) or not fits(config.get(key, ...)):
             raise DecodeError(f"{problem}, it is malformed at {key!r}; send it again")
     classes: dict[str, type] = {}
+    # the user's own last: to look at them may be to import them
+    named.sort(key=lambda node: is_listed(node.get("module")))
     is_newer = skew.is_newer(header)
     ending = f"; {skew.named(header)}" if is_newer else ""
     for node in named:
@@ -115,8 +121,10 @@ def modules() -> tuple[str, ...]:
 
 
 def is_listed(module: object) -> bool:
-    """Say whether a module is one of those, or in one."""
-    return isinstance(module, str) and any(f"{module}.".startswith(f"{m}.") for m in modules())
+    """Say whether a module is one of those, or in one; no ``__main__``, which is a program."""
+    if not isinstance(module, str) or "__" in module:
+        return False
+    return any(f"{module}.".startswith(f"{m}.") for m in modules())
 
 
 def of_keras(module: object) -> bool:
@@ -143,8 +151,10 @@ def _refusal(node: dict[str, Any], classes: dict[str, type]) -> str | None:
         return f"the function {inner!r} of {module!r} is not Keras's own"
     if name.startswith("__"):
         return f"it holds a {name.strip('_')}, which is code"
+    if not _calls_with_tensors(node):
+        return f"{name!r} is called without a tensor of the model's"
     if is_listed(module):
-        return _user_class(str(module), name, registered, classes)
+        return _user_class(str(module), name, registered, classes) or _argument(name, inner)
     cls = _symbol(module, name)
     kinds = (*_KINDS, keras.dtype_policies.DTypePolicyMap)
     if not isinstance(cls, type) or not issubclass(cls, kinds) or not of_keras(cls.__module__):
@@ -156,14 +166,39 @@ def _refusal(node: dict[str, Any], classes: dict[str, type]) -> str | None:
         return f"{name!r} is registered as {registered!r}"
     if issubclass(cls, _HOLDING_CODE):
         return f"{name} holds code"
-    if isinstance(inner, dict):
-        for key in _FILES:
-            if isinstance(inner.get(key), str):
-                return f"{key} of {name} is a file of another machine"
-        for key in _COUNTS:
-            if isinstance(inner.get(key), int) and inner[key] > MOST_TENSORS:
-                return f"{name} asks for {inner[key]} tensors"
+    return _argument(name, inner)
+
+
+def _argument(name: str, inner: object) -> str | None:
+    """Say which argument of a class asks for more than there is, and how."""
+    if not isinstance(inner, dict):
+        return None
+    for key in _FILES:
+        if isinstance(inner.get(key), str):
+            return f"{key} of {name} is a file of another machine"
+    for key in _COUNTS:
+        if isinstance(inner.get(key), int | float) and inner[key] > MOST_TENSORS:
+            return f"{key} of {name} asks for {inner[key]} at once"
+    patterns = [inner.get(key) for key in _PATTERNS]
+    if name == "DTypePolicyMap":
+        patterns.append(list(inner.get("policy_map") or ()))
+    for pattern in keras.tree.flatten(patterns):
+        if isinstance(pattern, str) and _REPEATED.search(pattern):
+            return f"{pattern!r} of {name} repeats a group, which may take for ever"
     return None
+
+
+def _calls_with_tensors(node: dict[str, Any]) -> bool:
+    """Say whether all calls of a layer are on tensors of the model, and so compute nothing yet."""
+    calls = node.get("inbound_nodes") or []
+    return isinstance(calls, list) and all(_has_tensor(call) for call in calls)
+
+
+def _has_tensor(value: object) -> bool:
+    if isinstance(value, dict):
+        found = value.get("class_name") == "__keras_tensor__"
+        return found or any(map(_has_tensor, value.values()))
+    return isinstance(value, list) and any(map(_has_tensor, value))
 
 
 def _user_class(
@@ -174,10 +209,15 @@ def _user_class(
         cls: Any = importlib.import_module(module)
         for part in name.split("."):
             cls = vars(cls)[part]
-    except (ImportError, KeyError, TypeError) as error:
+            if not isinstance(cls, type):  # another module, say, which would lead out of this one
+                break
+    except (Exception, SystemExit) as error:  # a module is anybody's code
         return f"{name!r} of {module!r} is not there: {error!r}"
-    if not isinstance(cls, type) or not issubclass(cls, _KINDS):
-        return f"{name!r} of {module!r} is not a class of Keras's kinds"
+    of_kinds = isinstance(cls, type) and issubclass(cls, _KINDS)
+    if not of_kinds or not is_listed(cls.__module__):
+        return f"{name!r} of {module!r} is not a class of Keras's kinds, made there"
+    if issubclass(cls, _HOLDING_CODE):
+        return f"{name!r} holds code"
     key = keras.saving.get_registered_name(cls)
     if registered not in (None, name, key):
         return f"{name!r} is registered as {registered!r}"
@@ -239,8 +279,11 @@ def _is(*kinds: type) -> Callable[[object], bool]:
 
 def _history(value: object) -> bool:
     # its keys become attributes
+    kinds = {"history": dict, "epoch": list, "params": dict | None}
     return value is None or (
-        isinstance(value, Mapping) and value.keys() <= {"history", "epoch", "params"}
+        isinstance(value, dict)
+        and value.keys() <= kinds.keys()
+        and all(isinstance(each, kinds[key]) for key, each in value.items())
     )
 
 

@@ -103,12 +103,15 @@ def refused(client: Client, images: np.ndarray, model: Any) -> str:
 
 
 def let_in(address: str) -> bool:
-    """Say whether a client without the key gets to the scheduler."""
-    try:
-        with Client(address, timeout=5):
-            return True
-    except (OSError, TypeError, ValueError):
-        return False
+    """Say whether a client with a key of its own making, or with none, gets to the scheduler."""
+    without_tls = address.replace("tls://", "tcp://")
+    for where, security in ((address, Security.temporary()), (without_tls, None)):
+        try:
+            with Client(where, security=security, timeout=5):
+                return True
+        except OSError:  # refused
+            continue
+    return False
 
 
 if __name__ == "__main__":

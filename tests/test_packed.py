@@ -178,3 +178,10 @@ def test_errors_travel():
     for error in (DecodeError("a"), MissingPackageError.on_workers(["tcp://x"], 2)):
         twin = pickle.loads(pickle.dumps(error))
         assert (type(twin), twin.args) == (type(error), error.args)
+
+
+@pytest.mark.parametrize("links", [3, [1], None, "ab", {1: 2}])
+def test_links_that_are_none_are_an_error(links):
+    header = pack(zoo.build("sequential"))._packed_header
+    with pytest.raises(DecodeError, match="links"):
+        packed.receive(header, links)

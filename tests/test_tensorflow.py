@@ -236,3 +236,19 @@ def test_tensorflow_keeps_nothing_of_new_names():
 def resident():
     gc.collect()
     return psutil.Process().memory_info().rss
+
+
+def test_names_are_those_that_tensorflow_gives():
+    """Of variables without one too, and of those on several devices."""
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+
+    def names():
+        lone = [tf.Variable(1.0).name, tf.Variable(1.0, name="n").name]
+        with strategy.scope():
+            dense = keras.layers.Dense(2, name="dense")
+            dense.build((None, 3))
+        return [*lone, *(each.value.name for each in dense.variables)]
+
+    expected = names()
+    with backend.creating():
+        assert names() == expected

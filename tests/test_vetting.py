@@ -209,6 +209,109 @@ def test_every_field_of_a_config_is_looked_at(field):
     assert not hasattr(keras.layers.Dense, "seed")
 
 
+@pytest.fixture
+def listed(tmp_path, monkeypatch):
+    """A package of the user's own that the setting lists, which imports Keras as all do."""
+    folder = tmp_path / "listed_layers"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(
+        "import keras\nfrom keras.layers import TFSMLayer\nclass Own(keras.layers.Dense): pass\n"
+        "class Coded(keras.layers.Lambda): pass\n"
+    )
+    (folder / "__main__.py").write_text("import sys\nsys.exit(3)\n")
+    (folder / "failing.py").write_text("raise RuntimeError('on import')\n")
+    (folder / "exiting.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with dask.config.set({"dask-keras-serialize.modules": ["listed_layers"]}):
+        yield
+    for name in [name for name in sys.modules if name.startswith("listed_layers")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("keras.layers.Dense", "listed_layers"),
+        ("keras.layers.TorchModuleWrapper", "listed_layers"),
+        ("keras.layers.StringLookup", "listed_layers"),
+        ("TFSMLayer", "listed_layers"),
+        ("Coded", "listed_layers"),
+        ("Own.__init__", "listed_layers"),
+        ("Own", "listed_layers.__main__"),
+        ("Own", "listed_layers.failing"),
+        ("Own", "listed_layers.exiting"),
+        ("Own", "listed_layers.missing"),
+    ],
+)
+def test_a_listed_module_leads_to_nothing_but_its_own_classes(name, module, listed):
+    refused(*with_layer(layer(name, module, units=2)), "config cannot be rebuilt here")
+
+
+def test_classes_of_a_listed_module_are_imported_last(listed):
+    header, frames = with_layer(layer("Own", "listed_layers", units=2))
+    config = json.loads(header["body"]["config"])
+    config["model"]["config"]["layers"].append(layer("Canary", "tests.canary_module"))
+    refused(changed(header, config), frames, "Canary")
+    assert "listed_layers" not in sys.modules
+
+
+@pytest.mark.parametrize("value", ["no", "off", "false", 0, None, 1])
+def test_what_is_not_true_forbids_code(value):
+    header, frames = serialize_keras(zoo.build("subclassed"))
+    with dask.config.set({"dask-keras-serialize.by-value": value}):
+        refused(header, frames, "by-value forbids that")
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("layers.RepeatVector", {"n": 10**9}),
+        ("metrics.AUC", {"num_thresholds": 10**9}),
+        ("layers.TextVectorization", {"ngrams": 10**9}),
+        ("optimizers.Muon", {"exclude_layers": ["(e+)+b"]}),
+        ("dtype_policies.DTypePolicyMap", {"policy_map": {"(a+)+b": {}}}),
+    ],
+)
+def test_what_takes_for_ever_is_refused(kind, arguments):
+    space, _, name = kind.rpartition(".")
+    if not hasattr(getattr(keras, space), name):
+        pytest.skip("of a newer Keras")
+    refused(*with_layer(layer(name, f"keras.{space}", **arguments)), "at once|may take for ever")
+
+
+def test_no_layer_runs_on_arrays_of_the_config_s_own():
+    node = layer("Rescaling", scale=2.0)
+    header, frames = with_layer(node)
+    config = json.loads(header["body"]["config"])
+    array = {"class_name": "__numpy__", "config": {"value": [[1.0, 2.0]], "dtype": "float32"}}
+    config["model"]["config"]["layers"][1]["inbound_nodes"] = [{"args": [array], "kwargs": {}}]
+    refused(changed(header, config), frames, "called without a tensor")
+
+
+def test_more_variables_than_were_sent_are_not_made():
+    header, frames = serialize_keras(model())
+    config = json.loads(header["body"]["config"])
+    config["model"] = layer("Sequential", "keras", name="model", layers=[
+        layer("InputLayer", batch_shape=[None, 100], dtype="float32", name="input"),
+        *(layer("Dense", units=100, name=f"d{i}") | {"build_config": {"input_shape": [None, 100]}}
+          for i in range(50)),
+    ])  # fmt: skip
+    refused(changed(header, config), frames, "larger than all the bytes that were sent")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("frozen", [10**9]), ("frozen", [-1]),
+        ("history", {"history": 3}), ("history", {"epoch": "x"}), ("history", {"params": []}),
+    ],
+)  # fmt: skip
+def test_what_has_no_place_is_refused(field, value):
+    header, frames = serialize_keras(model())
+    config = json.loads(header["body"]["config"])
+    refused(changed(header, config | {field: value}), frames, "malformed at|has not got")
+
+
 @pytest.mark.parametrize("times", [1, 3])
 def test_what_a_clone_takes_from_a_config_is_looked_at_too(times):
     header, frames = serialize_keras(model())

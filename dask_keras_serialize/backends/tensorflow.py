@@ -263,12 +263,16 @@ def creating() -> AbstractContextManager[None]:
     return scope
 
 
-def _create(next_creator: Any, name: str = "Variable", **kwargs: Any) -> Any:
+def _create(next_creator: Any, name: str | None = None, **kwargs: Any) -> Any:
+    name = name or "Variable"
     outer = tf.get_current_name_scope()
     with tf.name_scope("variable/"):  # not within the one there is
         made = next_creator(name="value", **kwargs)
-    if hasattr(made, "_handle_name"):  # tensorflow/python/ops/resource_variable_ops.py
-        made._handle_name = f"{outer}/{name}:0" if outer else f"{name}:0"
+    whole = f"{outer}/{name}" if outer else name
+    # one for each device of a tf.distribute strategy (tensorflow/python/distribute/values.py)
+    for i, each in enumerate(getattr(made, "values", [made])):
+        if hasattr(each, "_handle_name"):  # tensorflow/python/ops/resource_variable_ops.py
+            each._handle_name = f"{whole}/replica_{i}:0" if i else f"{whole}:0"
     return made
 
 
