@@ -1,8 +1,9 @@
 """Configs of a newer Keras, which name arguments that the one here does not take yet.
 
 Keras's classes gain arguments, whose defaults mean what was so before, and a config holds them all:
-3.15's Dense has a ``quantization_config``, always, which 3.11's refuses. None is left out; any
-other value may mean something that this Keras cannot do, even False, and is refused by it.
+3.15's Dense has a ``quantization_config``, always, which 3.11's refuses. None is left out, and the
+defaults in :data:`SINCE_OLDEST`; any other value may mean something that this Keras cannot do, even
+False, and is refused by it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,16 @@ from typing import Any
 import keras
 
 from dask_keras_serialize.header import Header, minor
+
+#: Arguments that Keras's classes gained after ``backends.OLDEST_KERAS``, whose default, not None,
+#: is what was so before. Not those of Muon, which computes otherwise since.
+SINCE_OLDEST: dict[str, dict[str, Any]] = {
+    "BatchNormalization": {"renorm": False, "renorm_momentum": 0.99},
+    "GroupQueryAttention": {"use_gate": False},
+    "MultiHeadAttention": {"use_gate": False},
+    "IntegerLookup": {"oov_method": "floormod"},
+    "StringLookup": {"oov_method": "floormod"},
+}
 
 
 def is_newer(header: Header) -> bool:
@@ -38,10 +49,11 @@ def named(header: Header) -> str:
 
 
 def leave_out_unused(cls: type, config: dict[str, Any]) -> None:
-    """Take out of a class's config the arguments that it does not take and that are None."""
-    taken = _arguments(cls)
-    for key in [key for key, value in config.items() if value is None and key not in taken]:
-        del config[key]
+    """Take out of a class's config the arguments that it does not take and that do nothing."""
+    taken, defaults = _arguments(cls), SINCE_OLDEST.get(cls.__name__, {})
+    for key in config.keys() - taken:
+        if config[key] is None or (key in defaults and config[key] == defaults[key]):
+            del config[key]
 
 
 @functools.lru_cache(1024)

@@ -1,6 +1,7 @@
 """Sides that differ: byte orders, versions, and the bytes of every format ever released."""
 
 import copy
+import inspect
 import json
 import sys
 
@@ -8,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 
+from dask_keras_serialize import skew
 from dask_keras_serialize.errors import DecodeError, KerasSerializeError
 from dask_keras_serialize.fingerprints import fingerprints
 from dask_keras_serialize.frames import as_frames, layout
@@ -118,6 +120,24 @@ def test_arguments_of_a_newer_keras_that_are_none_are_left_out():
     zoo.assert_same(source, deserialize_keras(*sent))
     sent[0]["versions"]["keras"] = keras.version()  # who says so knows what it sends
     with pytest.raises(DecodeError, match="quantized"):
+        deserialize_keras(*sent)
+
+
+@pytest.mark.parametrize("name", skew.SINCE_OLDEST)
+def test_defaults_are_keras_s_own(name):
+    """Fails where Keras moves them; an older one has not got them."""
+    taken = inspect.signature(getattr(keras.layers, name).__init__).parameters
+    for argument, default in skew.SINCE_OLDEST[name].items():
+        assert zoo.KERAS < (3, 15) or argument in taken or "Lookup" in name
+        assert argument not in taken or taken[argument].default == default
+
+
+def test_defaults_that_are_known_are_left_out(monkeypatch):
+    monkeypatch.setitem(skew.SINCE_OLDEST, "Dense", {"gated": False, "rate": 0.5})
+    source, *sent = of_newer_keras(lambda dense: dense["config"].update(gated=False, rate=0.5))
+    zoo.assert_same(source, deserialize_keras(*sent))
+    _, *sent = of_newer_keras(lambda dense: dense["config"].update(gated=False, rate=0.7))
+    with pytest.raises(DecodeError, match="rate"):
         deserialize_keras(*sent)
 
 
