@@ -88,6 +88,10 @@ test-dask-ml: ## run the tests of dask-ml's searches, in an environment of its o
 	  EXTRAS=test,dask-ml,tensorflow-cpu \
 	  PYTEST_ARGS="tests/test_dask_ml.py tests/test_search.py tests/test_sklearn.py --timeout=600"
 
+VERSIONS := EXTRAS=test,tensorflow-cpu,jax,torch
+OLDEST := $(VERSIONS) BACKEND_EXTRA=oldest VENV=$(VENV)-oldest PYTHON=$(OLDEST_PYTHON) RESOLUTION=lowest-direct
+NEWEST := $(VERSIONS) BACKEND_EXTRA=newest VENV=$(VENV)-newest PYTHON=$(NEWEST_PYTHON) RESOLUTION=highest
+
 # dependencies of the oldest warn in newer ones of their own: only there warnings are no errors
 test-versions: ## the tests on the oldest versions of all that setup.cfg allows, the newest, and both at once; 90 minutes
 	$(MAKE) install $(OLDEST)
@@ -97,11 +101,6 @@ test-versions: ## the tests on the oldest versions of all that setup.cfg allows,
 	    OTHER_PYTHON=$(VENV)-newest/bin/python || exit 1; \
 	  $(MAKE) test $(NEWEST) KERAS_BACKEND=$$backend OTHER_PYTHON=$(VENV)-oldest/bin/python || exit 1; \
 	done
-
-OLDEST := BACKEND_EXTRA=oldest VENV=$(VENV)-oldest PYTHON=$(OLDEST_PYTHON) RESOLUTION=lowest-direct
-NEWEST := BACKEND_EXTRA=newest VENV=$(VENV)-newest PYTHON=$(NEWEST_PYTHON) RESOLUTION=highest
-OLDEST += EXTRAS=test,tensorflow-cpu,jax,torch
-NEWEST += EXTRAS=test,tensorflow-cpu,jax,torch
 
 # the processes of these tests share a GPU: none may take most of it at once
 test-gpu: export XLA_PYTHON_CLIENT_PREALLOCATE = false

@@ -40,9 +40,9 @@ _FILES = ("vocabulary", "idf_weights")
 #: Arguments that say how many tensors, thresholds, n-grams, copies are made, of whatever is sent.
 _COUNTS = ("indices_or_sections", "num", "num_thresholds", "ngrams", "n")
 
-#: Arguments that Keras takes for regular expressions, and a group repeated, which makes some
-#: of them take for ever.
-_PATTERNS, _REPEATED = ("exclude_layers",), re.compile(r"\)\s*[*+?{]")
+#: Arguments, lists or the keys of a dict, that Keras takes for regular expressions, and a group
+#: repeated, which makes some of them take for ever.
+_PATTERNS, _REPEATED = ("exclude_layers", "policy_map"), re.compile(r"\)\s*[*+?{]")
 
 #: More tensors no operation makes; building that many takes a second.
 MOST_TENSORS = 10_000
@@ -105,7 +105,11 @@ def read(text: Any, header: Header) -> Vetted:
     is_newer = skew.is_newer(header)
     ending = f"; {skew.named(header)}" if is_newer else ""
     for node in named:
-        if reason := _refusal(node, classes):
+        try:
+            reason = _refusal(node, classes)
+        except RecursionError as error:
+            raise DecodeError(f"{problem}, it is malformed: {error!r}; send it again") from None
+        if reason:
             raise DecodeError(f"{problem}: {reason}{ending}")
         if is_newer and isinstance(node["config"], dict):
             cls = _symbol(node.get("module"), node["class_name"])
@@ -179,12 +183,11 @@ def _argument(name: str, inner: object) -> str | None:
     for key in _COUNTS:
         if isinstance(inner.get(key), int | float) and inner[key] > MOST_TENSORS:
             return f"{key} of {name} asks for {inner[key]} at once"
-    patterns = [inner.get(key) for key in _PATTERNS]
-    if name == "DTypePolicyMap":
-        patterns.append(list(inner.get("policy_map") or ()))
-    for pattern in keras.tree.flatten(patterns):
-        if isinstance(pattern, str) and _REPEATED.search(pattern):
-            return f"{pattern!r} of {name} repeats a group, which may take for ever"
+    for key in _PATTERNS:
+        given = inner.get(key)
+        for pattern in given if isinstance(given, (list, dict)) else [given]:
+            if isinstance(pattern, str) and _REPEATED.search(pattern):
+                return f"{pattern!r} of {name} repeats a group, which may take for ever"
     return None
 
 

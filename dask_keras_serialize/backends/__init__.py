@@ -51,7 +51,7 @@ import numpy.typing as npt
 
 from dask_keras_serialize.cuda import DeviceFrame
 from dask_keras_serialize.errors import KerasSerializeError
-from dask_keras_serialize.header import numpy_dtype
+from dask_keras_serialize.header import minor, numpy_dtype
 
 Array = npt.NDArray[np.generic]
 
@@ -272,7 +272,7 @@ def current() -> tuple[str, Backend]:
     """
     import keras
 
-    if tuple(map(int, keras.version().split(".")[:2])) < OLDEST_KERAS:
+    if tuple(map(int, minor(keras.version()))) < OLDEST_KERAS:
         oldest = ".".join(map(str, OLDEST_KERAS))
         raise KerasSerializeError(
             f"keras {keras.version()} is older than {oldest}, the oldest that works with "
