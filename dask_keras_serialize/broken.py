@@ -1,15 +1,11 @@
-"""What a worker holds in place of an object that it cannot open.
-
-Also, who asks: whether it is a worker, or a scheduler, that unpickles on this thread.
-"""
+"""What a worker holds in place of an object that it cannot open, until a task uses it."""
 
 from __future__ import annotations
 
-import sys
-from types import FrameType
 from typing import Any
 
 from dask_keras_serialize.errors import DecodeError
+from dask_keras_serialize.whereabouts import read_by_worker
 
 
 class BrokenObject:
@@ -28,7 +24,7 @@ class BrokenObject:
         # what Python, Dask and notebooks ask of any object
         if name.startswith(("__", "_repr_", "_ipython_")):
             raise AttributeError(name)
-        if _read_by_worker():  # a bound method, got while the task that calls it is unpickled
+        if read_by_worker():  # a bound method, got while the task that calls it is unpickled
             return BrokenObject(self._error)
         raise self._error
 
@@ -50,29 +46,6 @@ class BrokenObject:
 
 def broken(error: DecodeError) -> BrokenObject:
     """Return what a worker holds in place of an object; raise the error elsewhere."""
-    if _read_by_worker():
+    if read_by_worker():
         return BrokenObject(error)
     raise error
-
-
-def caller(module: str, function: str) -> dict[str, Any] | None:
-    """Return the local variables of a function if it is what calls us on this thread.
-
-    In a LocalCluster client and scheduler share a process, so what tells them apart
-    is who calls: ``Scheduler.update_graph`` (``distributed/scheduler.py``) unpickles
-    graphs itself, in its coroutine.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == function and frame.f_globals.get("__name__") == module:
-            return frame.f_locals
-        frame = frame.f_back
-    return None
-
-
-def _read_by_worker() -> bool:
-    """Say whether a worker's comm is what unpickles (``distributed/comm/utils.py``)."""
-    worker = sys.modules.get("distributed.worker")
-    if worker is None or all(w.status.name == "closed" for w in worker.Worker._instances):
-        return False
-    return caller("distributed.comm.utils", "_from_frames") is not None

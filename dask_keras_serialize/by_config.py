@@ -13,22 +13,21 @@ import copy
 import functools
 import json
 import sys
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 
-from dask_keras_serialize import compiled, fidelity, private, skew
+from dask_keras_serialize import assets, compiled, fidelity, private, skew
 from dask_keras_serialize.backends import Array
+from dask_keras_serialize.budget import MOST, MOST_OF_ONE, counted
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.parts import Description, Key, Rebuilt
 from dask_keras_serialize.rebuild import Values, assign_rest, rebuilding, values_at_creation
+from dask_keras_serialize.sequentials import built_once
 from dask_keras_serialize.vetting import Vetted
 
 
@@ -73,7 +72,10 @@ def dump(model: keras.Model) -> Description | str:
         return lost
     if isinstance(trainer, str):
         return trainer
-    names, extras = _read_assets(model)
+    try:
+        names, extras = assets.read(model)
+    except OSError as error:
+        return f"its layers' assets cannot be written to a temporary folder: {error}"
     layers = [model, *private.flatten_layers(model)]
     rest = {
         "policy": keras.dtype_policies.serialize(model.dtype_policy),
@@ -156,6 +158,8 @@ def load(vetted: Vetted, values: Values, extras: list[Array]) -> Rebuilt:
                 keras.saving.custom_object_scope(vetted.classes),
                 _defaults(config["policy"], config["floatx"]),
                 values_at_creation(values) as given,
+                built_once(),
+                counted(MOST + MOST_OF_ONE * vetted.nodes, owner),
             ):
                 model = keras.saving.deserialize_keras_object(config["model"], safe_mode=True)
                 remember(model, config["seeds"], config["paths"])
@@ -168,17 +172,26 @@ def load(vetted: Vetted, values: Values, extras: list[Array]) -> Rebuilt:
                     if private.assigns_in_build(model.optimizer):
                         for variable in model.optimizer.variables:
                             given.pop(id(variable), None)
-            _write_assets(model, config["assets"], extras)
+            assets.write(model, config["assets"], extras)
             assign_rest(variables_of(model), given, values)
             finish(model, config["history"])
         except DecodeError:
             raise
         except Exception as error:  # from_config is anybody's code
+            if refusal := _refusal_in(error):
+                raise refusal from None
             raise DecodeError(
                 f"{owner}: its config cannot be rebuilt here: {skew.in_short(error)}; "
                 f"{skew.named(values.header)}"
             ) from error
     return Rebuilt(model, functools.partial(parts_of, model))
+
+
+def _refusal_in(error: BaseException | None) -> DecodeError | None:
+    """Return a refusal of ours that Keras took for an error of a layer's, and wrapped."""
+    while error is not None and not isinstance(error, DecodeError):
+        error = error.__context__
+    return error
 
 
 def leave_rate_out(compile_config: dict[str, Any] | None) -> None:
@@ -239,10 +252,11 @@ def parts_of(model: keras.Model) -> dict[Key, Any]:
 def _defaults(policy: dict[str, Any], floatx: str) -> Iterator[None]:
     """Rebuild under the sender's dtype policy, which models take and no config holds."""
     before, before_x = keras.config.dtype_policy(), keras.config.floatx()
-    if before_x != floatx:
-        keras.config.set_floatx(floatx)
-    keras.config.set_dtype_policy(keras.dtype_policies.deserialize(policy))
     try:
+        if before_x != floatx:
+            keras.config.set_floatx(floatx)
+        # which reads it, under that floatx, and may refuse to
+        keras.config.set_dtype_policy(keras.dtype_policies.deserialize(policy))
         yield
     finally:
         keras.config.set_dtype_policy(before)
@@ -260,6 +274,11 @@ def remember(model: keras.Model, seeds: list[tuple[int, str, int]], paths: list[
                 f"model {model.name!r}: a seed was sent for {name!r}, which draws none"
             )
         initializer.seed = seed
+    if len(paths) != len(layers):
+        raise DecodeError(
+            f"model {model.name!r}: its config cannot be rebuilt here: it makes {len(layers)} "
+            f"layers, paths of {len(paths)} were sent; send it again"
+        )
     for layer, path in zip(layers, paths, strict=True):
         layer.__dict__["_path"] = path
 
@@ -276,38 +295,6 @@ def _freeze(model: keras.Model, frozen: list[int], values: Values) -> None:
     for variable, entry in zip(model.variables, values.header.variables, strict=False):
         if variable.trainable != entry.trainable:
             variable.trainable = entry.trainable
-
-
-def _with_assets(model: keras.Model) -> Iterator[tuple[int, keras.Layer]]:
-    for i, layer in enumerate(private.flatten_layers(model)):
-        if hasattr(layer, "save_assets"):
-            yield i, layer
-
-
-def _read_assets(model: keras.Model) -> tuple[list[tuple[int, str]], list[Array]]:
-    names: list[tuple[int, str]] = []
-    extras: list[Array] = []
-    for i, layer in _with_assets(model):
-        with tempfile.TemporaryDirectory() as folder:
-            layer.save_assets(folder)
-            for path in sorted(Path(folder).iterdir()):
-                names.append((i, path.name))
-                extras.append(np.frombuffer(path.read_bytes(), np.uint8))
-    return names, extras
-
-
-def _write_assets(model: keras.Model, names: list[tuple[int, str]], extras: list[Array]) -> None:
-    layers = dict(_with_assets(model))
-    for i in sorted({i for i, _ in names}):
-        if i not in layers:
-            raise DecodeError(f"model {model.name!r}: assets were sent for no layer that has any")
-        with tempfile.TemporaryDirectory() as folder:
-            for (owner, name), content in zip(names, extras, strict=True):
-                if owner == i:
-                    if Path(name).name != name:
-                        raise DecodeError(f"model {model.name!r}: asset {name!r} is not a name")
-                    (Path(folder) / name).write_bytes(content.tobytes())
-            layers[i].load_assets(folder)
 
 
 def finish(model: keras.Model, history: dict[str, Any] | None) -> None:

@@ -61,6 +61,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _shortened(message: str) -> str:
-    line = " ".join(message.split())
+    # names that came with bytes: a terminal would obey what does not print
+    line = "".join(each if each.isprintable() else "?" for each in " ".join(message.split()))
     whole = len(line) <= _HEAD + _TAIL
     return line if whole else f"{line[:_HEAD]} ... {line[-_TAIL:]}"

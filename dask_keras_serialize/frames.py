@@ -14,6 +14,7 @@ GPU's memory, in the place of large arrays (:mod:`dask_keras_serialize.cuda`).
 
 from __future__ import annotations
 
+import errno
 import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -273,13 +274,22 @@ def host_array(n: int) -> memoryview:
     memoryview
         Of ``n`` bytes, writeable. It starts at a multiple of :data:`ALIGNMENT`; the first of a
         message (:func:`a_message`) ends at one: it has headers, and last a frame.
+
+    Raises
+    ------
+    OSError
+        ENOMEM, if there is no memory. A worker asks its peer again after an error of the network;
+        after any other while it fetches, a MemoryError too, the task that needs the value waits
+        for ever (``Worker.gather_dep`` in ``distributed/worker.py``).
     """
     flag = _first.get(None)
     first = bool(flag and flag.pop())
-    if n < LARGE:
-        return np.empty(n, np.uint8).data
     surplus = -n % ALIGNMENT if first else 0
-    return allocate(n + surplus)[surplus:].data
+    try:
+        array = np.empty(n, np.uint8) if n < LARGE else allocate(n + surplus)[surplus:]
+    except MemoryError as error:
+        raise OSError(errno.ENOMEM, f"no memory to receive {n} bytes into") from error
+    return array.data
 
 
 @contextmanager

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dask_keras_serialize import views
-from dask_keras_serialize.broken import BrokenObject, broken, caller
+from dask_keras_serialize.broken import BrokenObject, broken
 from dask_keras_serialize.errors import DecodeError, MissingPackageError
 from dask_keras_serialize.frames import Frame, as_frames, own_mapping
 from dask_keras_serialize.header import FORMAT, Header, VariableEntry
+from dask_keras_serialize.whereabouts import caller
 
 if TYPE_CHECKING:
     from dask_keras_serialize.parts import Key, Rebuilt
@@ -120,7 +121,9 @@ class Parcel:
 
     def part(self, key: Key | None) -> Any:
         """Return the object (None) or one of its parts; all of a pickle share them."""
-        part = self.shared().part(key)
+        rebuilt, part = self.shared(), None
+        with suppress(TypeError):  # a key that no dict takes
+            part = rebuilt.part(key)
         if part is None:
             raise DecodeError(f"{self.header.owner}: it has no part {key} here")
         return part

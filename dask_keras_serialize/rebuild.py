@@ -32,6 +32,9 @@ from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.frames import LARGE, AnyFrame, Bytes, unpack
 from dask_keras_serialize.header import ITEMSIZE, STRING, Header, numpy_dtype
 
+#: So many variables more than were sent may be made in a rebuild, and dropped.
+SPARE = 100
+
 #: ``id(variable)`` to the index of its value, and the variable, so that the id stays its.
 Given = dict[int, tuple[int, keras.Variable]]
 
@@ -170,16 +173,16 @@ def values_at_creation(values: Values) -> Iterator[Given]:
     for index, entry in enumerate(values.header.variables):
         waiting[_hint(entry.path), entry.shape, entry.dtype].append(index)
     builder = threading.get_ident()
-    spare = max(values.header.nbytes, LARGE)  # for what finds no value until all are built
+    # for what finds no value until all are built
+    spare, unmatched = max(values.header.nbytes, LARGE), len(values.header.variables) + SPARE
     cls = keras.Variable
     original: Callable[[Any, Any], None] = cls._initialize_with_initializer
 
     def initialize(variable: keras.Variable, initializer: Any) -> None:
-        nonlocal spare
+        nonlocal spare, unmatched
         if threading.get_ident() == builder:
-            _afford(variable, values.header, max(values.header.nbytes, LARGE))
             queue = waiting.get((_hint(variable.path), tuple(variable._shape), variable.dtype))
-            if queue:
+            if queue:  # its bytes were sent: header.py sees to that
                 index = queue.popleft()
                 # optimizers name their slots after it
                 variable._path = values.header.variables[index].path
@@ -187,6 +190,12 @@ def values_at_creation(values: Values) -> Iterator[Given]:
                 given[id(variable)] = index, variable
                 return
             spare -= _afford(variable, values.header, spare)
+            unmatched -= 1
+            if unmatched < 0:
+                raise DecodeError(
+                    f"{values.header.owner}: its config asks for more variables than the "
+                    f"{len(values.header.variables)} that were sent; {skew.named(values.header)}"
+                )
         original(variable, initializer)
 
     cls._initialize_with_initializer = initialize

@@ -48,6 +48,10 @@ What is taken, and what of it is private (each has a test that fails when it mov
   the class that Dask would unpickle first.
 - the "error" family of serializers, public: adds our name to the error of a worker
   that returned a model through distributed's old handler.
+- ``Scheduler.update_graph``, ``_from_frames`` of ``distributed.comm.utils``, ``_instances`` of
+  ``Worker`` and ``Scheduler``, read alone: who unpickles, where its temporary files may lie; see
+  :mod:`dask_keras_serialize.whereabouts`. Where there are none, models are opened, errors raised at
+  once, and files lie where Python puts them.
 - ``DEFAULT_STARTUP_INFORMATION`` of ``distributed.worker``, public: workers tell the
   scheduler that they have this package, registered or not.
 """

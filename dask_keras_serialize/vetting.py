@@ -13,7 +13,7 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -38,11 +38,13 @@ _OWN_NAMES = (None, "Functional", "Sequential")
 _FILES = ("vocabulary", "idf_weights")
 
 #: Arguments that say how many tensors, thresholds, n-grams, copies are made, of whatever is sent.
-_COUNTS = ("indices_or_sections", "num", "num_thresholds", "ngrams", "n")
+_COUNTS = ("indices_or_sections", "num", "num_thresholds", "ngrams", "n", "num_oov_indices")
 
-#: Arguments, lists or the keys of a dict, that Keras takes for regular expressions, and a group
-#: repeated, which makes some of them take for ever.
-_PATTERNS, _REPEATED = ("exclude_layers", "policy_map"), re.compile(r"\)\s*[*+?{]")
+#: Arguments, lists or the keys of a dict, that Keras takes for regular expressions; groups that are
+#: repeated or have extensions, which make some of them take for ever; and what repeats a part: each
+#: of those may try every place in a name.
+_PATTERNS, _REPEATED = ("exclude_layers", "policy_map"), re.compile(r"\)\s*[*+?{]|\(\?")
+_QUANTIFIERS, MOST_PLACES = re.compile(r"[*+?{]"), 10**8
 
 #: More tensors no operation makes; building that many takes a second.
 MOST_TENSORS = 10_000
@@ -57,10 +59,13 @@ class Vetted(NamedTuple):
         As it was sent, less what is not used and unknown here; the receiver's to change.
     classes : dict of str to type
         Those of the user's own modules in it, by the names Keras looks them up by.
+    nodes : int
+        How many objects it names.
     """
 
     config: dict[str, Any]
     classes: dict[str, type]
+    nodes: int
 
 
 def read(text: Any, header: Header) -> Vetted:
@@ -104,9 +109,10 @@ def read(text: Any, header: Header) -> Vetted:
     named.sort(key=lambda node: is_listed(node.get("module")))
     is_newer = skew.is_newer(header)
     ending = f"; {skew.named(header)}" if is_newer else ""
+    longest = max((len(each) for each in _names(config, named)), default=0)
     for node in named:
         try:
-            reason = _refusal(node, classes)
+            reason = _refusal(node, classes) or _pattern(node["config"], longest)
         except RecursionError as error:
             raise DecodeError(f"{problem}, it is malformed: {error!r}; send it again") from None
         if reason:
@@ -115,7 +121,7 @@ def read(text: Any, header: Header) -> Vetted:
             cls = _symbol(node.get("module"), node["class_name"])
             if isinstance(cls, type):
                 skew.leave_out_unused(cls, node["config"])
-    return Vetted(config, classes)
+    return Vetted(config, classes, len(named))
 
 
 def modules() -> tuple[str, ...]:
@@ -183,11 +189,26 @@ def _argument(name: str, inner: object) -> str | None:
     for key in _COUNTS:
         if isinstance(inner.get(key), int | float) and inner[key] > MOST_TENSORS:
             return f"{key} of {name} asks for {inner[key]} at once"
+    return None
+
+
+def _names(config: dict[str, Any], named: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield what patterns are looked for in: names of layers, and their paths."""
+    inner = (node["config"] for node in named if isinstance(node["config"], dict))
+    names = (each.get("name") for each in inner)
+    yield from (each for each in (*names, *config["paths"]) if isinstance(each, str))
+
+
+def _pattern(inner: object, longest: int) -> str | None:
+    """Say which regular expression may take for ever, in names of so many letters."""
     for key in _PATTERNS:
-        given = inner.get(key)
+        given = inner.get(key) if isinstance(inner, dict) else None
         for pattern in given if isinstance(given, (list, dict)) else [given]:
-            if isinstance(pattern, str) and _REPEATED.search(pattern):
-                return f"{pattern!r} of {name} repeats a group, which may take for ever"
+            if not isinstance(pattern, str):
+                continue
+            places = longest ** min(len(_QUANTIFIERS.findall(pattern)), 100)
+            if _REPEATED.search(pattern) or places > MOST_PLACES:
+                return f"the pattern {pattern!r} may take for ever"
     return None
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import json
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -173,7 +175,29 @@ def repair(header: dict[str, Any], frames: list[bytes]) -> None:
 
 
 def outcome(header: Any, frames: list[bytes]) -> str:
-    """Deserialize a message; say "refused" or "whole", AssertionError if it is neither."""
+    """Deserialize a message; say "refused" or "whole", AssertionError if it is neither.
+
+    Or if it has changed what Keras is set to, or what of it is patched during a rebuild.
+    """
+    before = settings()
+    found = _outcome(header, frames)
+    assert settings() == before
+    return found
+
+
+def settings() -> list[Any]:
+    """Return what a rebuild may change of Keras for as long as it takes, and no longer."""
+    patched = {
+        keras.Variable: "_initialize_with_initializer",
+        keras.Sequential: "from_config",
+        keras.KerasTensor: "__init__",
+    }
+    values = [getattr(cls, name) for cls, name in patched.items()]
+    defaults = keras.config.floatx(), keras.config.dtype_policy().name
+    return [*values, *defaults, random.getstate(), gc.isenabled()]
+
+
+def _outcome(header: Any, frames: list[bytes]) -> str:
     try:
         wire = msgpack.unpackb(msgpack.packb(header), use_list=False)
     except (ValueError, OverflowError):  # nothing that a comm could have brought

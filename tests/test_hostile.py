@@ -16,8 +16,6 @@ from dask_keras_serialize.handlers import deserialize_keras
 from dask_keras_serialize.header import Header
 from tests import fuzz, hostile
 
-pytestmark = pytest.mark.usefixtures("nothing_is_left")
-
 #: The same inputs in every run: what is found at random is `make fuzz`'s to find.
 SETTINGS = hypothesis.settings(
     max_examples=1000, deadline=None, derandomize=True, database=None,

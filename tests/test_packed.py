@@ -37,6 +37,12 @@ def test_it_pickles_again_to_the_same_bytes_without_touching_them():
     assert sizeof(PackedObject(again)) >= again.nbytes == parcel.nbytes
 
 
+@pytest.mark.parametrize("key", [("layer", 10**9), ("none", [1]), [1], {}, 10**9])
+def test_a_part_that_there_is_not(key):
+    with pytest.raises(DecodeError, match="it has no part"):
+        packed.take(pack(zoo.build("trained")), key)
+
+
 def test_what_is_inside_can_be_read():
     parcel = pack(zoo.build("trained"))
     assert parcel.config["model"] == json.loads(parcel.header.body["config"])["model"]

@@ -167,7 +167,8 @@ def test_dask_and_distributed():
     assert inspect.iscoroutinefunction(Scheduler.update_graph), "Scheduler.update_graph"
     assert "deserialize(expr_ser" in inspect.getsource(Scheduler.update_graph)
     assert "def _from_frames" in inspect.getsource(comm_utils.from_frames)
-    assert hasattr(distributed.Worker, "_instances"), "Worker._instances"
+    for of_distributed in (distributed.Worker, Scheduler):
+        assert hasattr(of_distributed, "_instances"), f"{of_distributed.__name__}._instances"
     assert {"dask", "error"} <= families.keys()
     assert 'loads(header["sub-header"], frames)' in inspect.getsource(dask_loads)
     with registration_undone():
