@@ -61,6 +61,7 @@ def compile_again(model: keras.Model, config: dict[str, Any], trainer: dict[str,
     """
     arguments = keras.saving.deserialize_keras_object(config, safe_mode=True)
     model.compile(**arguments, auto_scale_loss=trainer["scaled"])
+    _forget_first(model.optimizer)
     for name, value in trainer["attributes"].items():
         if name in _TRAINER_ATTRIBUTES:
             setattr(model, name, value)
@@ -81,6 +82,20 @@ def compile_again(model: keras.Model, config: dict[str, Any], trainer: dict[str,
                     f"model {model.name!r}: its metrics were {metrics} but are rebuilt as "
                     f"{rebuilt} by keras {keras.version()} here: use the sender's"
                 )
+
+
+def _forget_first(optimizer: Any) -> None:
+    """Let go of the variables that an optimizer made and lost, while it was being made.
+
+    Some Kerases call ``__init__`` twice where they make PyTorch's own of an optimizer
+    (``keras/src/backend/torch/optimizers/torch_optimizer.py``); its lists keep the first ones.
+    """
+    while optimizer is not None:
+        tracker = vars(optimizer).get("_tracker")
+        for value in vars(optimizer).values():
+            if isinstance(value, private.TRACKED) and value.tracker is not tracker:
+                value.tracker = None
+        optimizer = getattr(optimizer, "inner_optimizer", None)
 
 
 def _outputs(model: keras.Model) -> Any:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import io
 import types
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -67,7 +68,7 @@ def shallow(obj: Any) -> Any:
         if name.startswith("_") and id(value) not in own:
             if isinstance(value, private.TRACKED):
                 own[id(value)] = type(value)(value, own.get(id(value.tracker), value.tracker))
-            elif type(value) in (list, dict, set):
+            elif type(value) in (list, dict, set, OrderedDict):  # which torch up to 2.4 has more of
                 own[id(value)] = copy.copy(value)
     shell = new_shell(type(obj))
     fill(shell, items_of(obj) | {name: own.get(id(v), v) for name, v in state.items()})
@@ -99,7 +100,7 @@ def deep(obj: Any, memo: dict[Any, Any]) -> Any:
     Notes
     -----
     Copies: none of the bytes of variables that the backend can show where they lie, until one of
-    the two is written to; else each once.
+    the two is written to; else each once. Values lie in memory, or over devices, as they lay.
     """
     if reduces_itself(obj.__class__):
         return _reconstruct(obj, memo)
@@ -172,7 +173,10 @@ class _Copying:
             if isinstance(obj, keras.Variable) and has_value(obj):
                 self.variables.append(obj)
                 array = view(obj, self.backend, private.describe(obj))
-                self.backend.initialize(shell, self.backend.tensor(array))
+                tensor, placement = self.backend.tensor(array), self.backend.placement(obj)
+                if placement is not None:
+                    tensor = self.backend.place(tensor, placement)
+                self.backend.initialize(shell, tensor)
         complete(self.filled, self.backend)
 
     def _copy(self, obj: Any, state: Any) -> Any:

@@ -58,6 +58,9 @@ def _drop_wrappers(layer: Any, state: State) -> None:
 def _drop_functions(model: Any, state: State) -> None:
     # and what fit keeps for as long as it runs, to validate by: callbacks send the model meanwhile
     state.pop("_eval_epoch_iterator", None)
+    # where values lay, up to Keras 3.13 (keras/src/backend/jax/trainer.py): told again by the next
+    for kind in ("trainable", "non_trainable", "optimizer", "metrics"):
+        state.pop(f"_{kind}_variable_shardings", None)
     for name in ("train_function", "test_function", "predict_function"):
         if name in state:
             state[name] = None

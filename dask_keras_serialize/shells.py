@@ -26,7 +26,7 @@ from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.parts import Rebuilt, Reference
 from dask_keras_serialize.private import SHELLS
 
-_PLAIN = (str, int, float, bytes, type(None))
+_PLAIN = (str, int, float, bool, bytes, type(None))
 
 #: Modules whose code everybody has who has Keras.
 _EVERYWHERE = frozenset(
@@ -50,8 +50,8 @@ class ShellPickler(cloudpickle.Pickler):  # type: ignore[misc]
         The one that travels; never asked how it is pickled, for that led here.
     for_token : bool
         Make the bytes the same in every process, at the price that nobody can load
-        them: strings that are equal but not the same object, the order of sets and
-        cloudpickle's random ids of classes would differ.
+        them: strings and tuples that are equal but not the same object, the order of sets
+        and cloudpickle's random ids of classes would differ.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class ShellPickler(cloudpickle.Pickler):  # type: ignore[misc]
         self._known: dict[type, bool] = {}
 
     def persistent_id(self, obj: Any) -> tuple[Any, ...] | bytes | None:
-        """Name a shell; for tokens, strings and sets by what is in them."""
+        """Name a shell; for tokens, strings, tuples and sets by what is in them."""
         cls = type(obj)
         known = self._known.get(cls)
         if known is None:  # asked for every object there is
@@ -88,6 +88,8 @@ class ShellPickler(cloudpickle.Pickler):  # type: ignore[misc]
         if self._for_token:
             if type(obj) is str:
                 return obj.encode(errors="surrogatepass")
+            if type(obj) is tuple and all(type(each) in _PLAIN for each in obj):
+                return b"tuple", repr(obj)
             if isinstance(obj, (set, frozenset)) and all(isinstance(each, _PLAIN) for each in obj):
                 return repr(sorted(map(repr, obj))).encode(errors="surrogatepass")
         return None

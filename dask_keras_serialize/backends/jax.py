@@ -169,7 +169,10 @@ def _twin(value: Any) -> jax.Array | None:
 
 
 def _frame(twin: Any) -> DeviceFrame | None:
-    address = None if twin is None else address_in(twin.__dlpack__())
+    try:
+        address = None if twin is None else address_in(twin.__dlpack__())
+    except RuntimeError:  # an older jax has no DLPack of float8: it goes by the host
+        return None
     if address is None:
         return None
     return DeviceFrame(address, twin.nbytes, twin, partial(np.asarray, twin))
@@ -187,7 +190,10 @@ def device_tensor(
     device = _device()
     if not _is_gpu(device):
         return None
-    lent = jax.dlpack.from_dlpack(Loan(frame, dtype, shape, device.local_hardware_id))
+    try:
+        lent = jax.dlpack.from_dlpack(Loan(frame, dtype, shape, device.local_hardware_id))
+    except RuntimeError:  # as in _frame
+        return None
     return _twin(lent)
 
 

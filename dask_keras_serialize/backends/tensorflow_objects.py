@@ -22,6 +22,7 @@ from tensorflow.python.trackable.data_structures import ListWrapper, _DictWrappe
 
 from dask_keras_serialize.backends import ADDED
 from dask_keras_serialize.errors import DecodeError, EncodeError
+from dask_keras_serialize.whereabouts import temporary_folder
 
 #: Tensors as users hold them.
 TENSORS = (tf.__internal__.EagerTensor,)
@@ -129,7 +130,7 @@ def _drop_saved_model(layer: Any, state: _State) -> None:
 
 def _mend_saved_model(layer: Any) -> None:
     """Load the files from a folder that goes when the layer goes; give it its variables."""
-    folder = tempfile.mkdtemp(prefix="dask-keras-serialize-")
+    folder = tempfile.mkdtemp(prefix="dask-keras-serialize-", dir=temporary_folder())
     weakref.finalize(layer, shutil.rmtree, folder, ignore_errors=True)
     for name, content in vars(layer).pop(_SAVED_MODEL).items():
         path = Path(folder, *PurePosixPath(name).parts)

@@ -156,7 +156,7 @@ class _Memory:
             "version": 3,
             "shape": (tensor.nbytes,),
             "typestr": "|u1",
-            "data": (address, not writeable),
+            "data": (address or 64, not writeable),  # empty: NumPy 2.0 takes no memory at 0
         }
 
 
