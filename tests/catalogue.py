@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ ELSEWHERE = {
 }
 if keras.backend.backend() != "jax":
     ELSEWHERE["layers.JaxLayer"] = "needs jax"
+elif inspect.isgenerator(getattr(import_module("jax").named_scope("n"), "gen", None)):
+    ELSEWHERE["name_scope"] = "an older JAX holds it in a generator, which nothing can pickle"
 if keras.backend.backend() != "torch":
     ELSEWHERE["layers.TorchModuleWrapper"] = "needs torch"
 #: Layers that Keras makes with TensorFlow alone.
@@ -832,13 +835,14 @@ CITIZENS: dict[str, Citizen] = {
 
 for name in ELSEWHERE.keys() & CITIZENS.keys():
     del CITIZENS[name]
-#: What Keras itself could not make or use on TensorFlow, up to when.
+#: What Keras itself could not make or use, on which backends, and up to when.
 BROKEN_BEFORE = {
-    "distribution.DataParallel": (3, 15), "distribution.ModelParallel": (3, 15),
-    "optimizers.Muon": (3, 13),
-}  # fmt: skip
-if keras.backend.backend() == "tensorflow":
-    for name in [each for each, end in BROKEN_BEFORE.items() if end > zoo.KERAS]:
+    "distribution.DataParallel": (("tensorflow", "torch"), (3, 15)),
+    "distribution.ModelParallel": (("tensorflow", "torch"), (3, 15)),
+    "optimizers.Muon": (("tensorflow",), (3, 13)),
+}
+for name, (on, end) in BROKEN_BEFORE.items():
+    if keras.backend.backend() in on and end > zoo.KERAS:
         ELSEWHERE[name] = "Keras's own does not work"
         del CITIZENS[name]
 if zoo.KERAS < OF_KERAS:

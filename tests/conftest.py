@@ -54,9 +54,12 @@ def trained_once() -> None:
     model.fit(np.ones((1, 1)), np.ones((1, 1)), verbose=0)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
-    """See that a test ends its threads, closes its files and lets go of locks."""
+    """See that every test ends its threads, closes its files and lets go of locks.
+
+    What several tests share, a cluster say, is there before, for its fixture is of a wider scope.
+    """
     before = leaks.standing()
     yield
     assert not leaks.left(before)

@@ -1,7 +1,7 @@
 """What a test may not leave behind in its process: threads, open files, locks.
 
-The fixture ``nothing_is_left`` compares before and after each test that uses it. That nothing of
-what was received stays exported is what ``test_leaks.py`` asks.
+The fixture ``nothing_is_left`` compares before and after each test. That nothing of what was
+received stays exported is what ``test_leaks.py`` asks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import time
 from dataclasses import dataclass
 
 import dask.threaded
-from distributed import Client
+from distributed import Client, Worker
+from distributed.core import Status
 
 from dask_keras_serialize import aside
 
@@ -22,7 +23,7 @@ from dask_keras_serialize import aside
 KEPT = ("Dask-Offload", "Dask-Keras", "asyncio_")
 
 #: Of a cluster that several tests share, and its workers.
-OF_CLUSTERS = ("AsyncProcess", "QueueFeederThread", "IO loop", "Profile")
+OF_CLUSTERS = ("AsyncProcess", "QueueFeederThread", "IO loop", "Profile", "Dask-Default-Threads")
 
 
 @dataclass
@@ -31,11 +32,19 @@ class Standing:
 
     threads: set[threading.Thread]
     files: set[str]
+    clients: set[int]
+    workers: set[int]
 
 
 def standing() -> Standing:
     """Look at this process."""
-    return Standing(set(threading.enumerate()), open_files())
+    workers = {id(each) for each in list(Worker._instances) if each.status != Status.closed}
+    return Standing(set(threading.enumerate()), open_files(), open_clients(), workers)
+
+
+def open_clients() -> set[int]:
+    """Return the clients of clusters, each by its ``id()``, that are not closed."""
+    return {id(client) for client in list(Client._instances) if client.status != "closed"}
 
 
 def open_files() -> set[str]:
@@ -46,9 +55,9 @@ def open_files() -> set[str]:
             target = os.readlink(f"/proc/self/fd/{name}")
         except OSError:  # that of the listing itself
             continue
-        # whoever shares a cluster with other tests keeps its connections
-        kinds = ("/",) if any(Client._instances) else ("/", "socket:")
-        if target.startswith(kinds) and not target.startswith(("/dev", "/proc", "/usr")):
+        # not what packages keep open of their own: fonts, libraries
+        kept = ("/dev", "/proc", "/usr", sys.prefix, sys.base_prefix)
+        if target.startswith(("/", "socket:")) and not target.startswith(kept):
             found.add(f"file {name}, {target}")
     return found
 
@@ -63,13 +72,17 @@ def left(before: Standing, seconds: float = 10) -> list[str]:
 
 
 def _left(before: Standing) -> list[str]:
-    kept = (*KEPT, *OF_CLUSTERS) if any(Client._instances) else KEPT
+    # whoever shares a client or workers with other tests keeps connections, and workers' threads
+    shared = bool(before.clients or before.workers)
+    kept = (*KEPT, *OF_CLUSTERS) if shared else KEPT
     pools = [dask.threaded.default_pool]  # of dask.compute without a cluster
     pools += [pool for some in dask.threaded.pools.values() for pool in some.values()]
     threads = set(threading.enumerate()) - before.threads
     threads -= {thread for pool in filter(None, pools) for thread in pool._threads}
+    files = {each for each in open_files() - before.files if not (shared and "socket:" in each)}
     return [
-        *(f"thread {each.name!r}" for each in threads if not each.name.startswith(kept)),
-        *(f"open {name}" for name in sorted(open_files() - before.files)),
+        *(f"thread {each.name!r}" for each in threads if not any(k in each.name for k in kept)),
+        *(f"open {name}" for name in sorted(files)),
+        *("a client" for _ in open_clients() - before.clients),
         *(["the lock of rebuilds"] if "unlocked" not in repr(aside.LOCK) else []),
     ]

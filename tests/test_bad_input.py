@@ -13,8 +13,6 @@ from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
 from tests import zoo
 
-pytestmark = pytest.mark.usefixtures("nothing_is_left")
-
 KINDS = ["trained", "trained subclassed"]
 
 

@@ -85,6 +85,20 @@ def test_a_message_is_cut_and_merged_around_them():
     zoo.assert_same(model, replica)
 
 
+def takes_float8():
+    """Say whether the backend has a DLPack of it; what has none goes by the host."""
+    if NAME != "jax":
+        return NAME == "torch"  # without DLPack
+    import jax
+
+    try:
+        jax.numpy.zeros(1, "float8_e5m2").__dlpack__()
+    except RuntimeError:
+        assert jax.__version_info__ < (0, 10)
+        return False
+    return True
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("sender", "receiver")
 def test_every_bit_of_every_dtype(dtype):
@@ -93,7 +107,7 @@ def test_every_bit_of_every_dtype(dtype):
     variable._value = None
     variable._initialize(ADAPTER.tensor(raw.view(dtype)))
     header, frames = serialize_on_gpu(variable)
-    lies = "float8" not in dtype.name or NAME != "tensorflow"  # which has no DLPack
+    lies = "float8" not in dtype.name or takes_float8()
     assert isinstance(frames[1], DeviceFrame) is lies
     assert header.get("unread", []) == [1] * lies
     replica = deserialize_keras(header, received(frames))

@@ -49,7 +49,10 @@ def keys_left(client):
 @pytest.mark.cluster
 def test_a_cluster_that_is_right(client, address):
     done = subprocess.run(
-        [BIN / "dask", "keras", "doctor", address], capture_output=True, text=True, check=False
+        [BIN / "dask", "keras", "doctor", address, "--timeout", "120"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     columns, me, scheduler, *workers = done.stdout.splitlines()[:5]
@@ -72,7 +75,7 @@ def test_a_cluster_that_is_right(client, address):
 def test_for_programs(address, tmp_path):
     file = tmp_path / "scheduler.json"
     file.write_text(json.dumps({"address": address}))
-    done = run("--scheduler-file", file, "--json")
+    done = run("--scheduler-file", file, "--json", "--timeout", 120)
     assert done.exit_code == 0, done.output
     found = json.loads(done.output)
     assert found["ok"] is True
@@ -481,7 +484,7 @@ def memories(monkeypatch):
     def patched(*patches, **env):
         with monkeypatch.context() as patch:
             for patch_arguments in patches:
-                patch.setattr(*patch_arguments)
+                patch.setattr(*patch_arguments, raising=False)  # not every torch tells its cap
             for name, value in env.items():
                 patch.setenv(name, value)
             yield

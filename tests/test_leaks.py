@@ -8,13 +8,12 @@ import threading
 import keras
 import numpy as np
 import pytest
+from distributed import Client, LocalCluster
 
 from dask_keras_serialize import aside
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
 from tests import leaks, zoo
-
-pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
 
 def test_threads_files_and_locks_are_seen(tmp_path):
@@ -31,6 +30,18 @@ def test_threads_files_and_locks_are_seen(tmp_path):
         del file
     end.set()
     thread.join()
+    assert leaks.left(before) == []
+
+
+def test_clusters_and_clients_are_seen():
+    before = leaks.standing()
+    with LocalCluster(n_workers=1, processes=False, dashboard_address=":0") as cluster:
+        with Client(cluster):
+            found = leaks.left(before, seconds=0)
+            assert "a client" in found
+            assert any("thread 'IO loop'" in each for each in found)
+        assert "a client" not in leaks.left(before, seconds=0)
+        assert leaks.left(before, seconds=0)
     assert leaks.left(before) == []
 
 

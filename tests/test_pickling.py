@@ -19,8 +19,6 @@ import pytest
 from dask_keras_serialize import pack
 from tests import zoo
 
-pytestmark = pytest.mark.usefixtures("nothing_is_left")
-
 
 @pytest.mark.parametrize("name", ["trained", "trained subclassed", "lambda and custom layer"])
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))

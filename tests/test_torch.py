@@ -102,11 +102,12 @@ def test_our_handler_wins_over_the_one_for_modules(first):
     assert result.stdout.split() == ["dask-keras-serialize"] * 3, result.stderr
 
 
-def test_a_value_lies_in_memory_as_it_lay():
+@pytest.mark.parametrize("route", ["pickle 5", "deepcopy"])
+def test_a_value_lies_in_memory_as_it_lay(route):
     layer = keras.layers.Dense(4)
     layer.build((None, 6))
     layer.kernel._value = torch.nn.Parameter(torch.randn(4, 6).t())
-    replica = pickle.loads(pickle.dumps(layer))
+    replica = ROUTES[route](layer)
     assert replica.kernel.value.stride() == layer.kernel.value.stride() == (1, 6)
     assert torch.equal(replica.kernel.value, layer.kernel.value)
 
