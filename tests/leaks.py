@@ -19,8 +19,8 @@ from distributed.core import Status
 
 from dask_keras_serialize import aside
 
-#: Threads of pools that a process keeps: distributed's, this package's, asyncio's.
-KEPT = ("Dask-Offload", "Dask-Keras", "asyncio_")
+#: Threads of pools that a process keeps: distributed's, this package's, asyncio's, loky's.
+KEPT = ("Dask-Offload", "Dask-Keras", "asyncio_", "ExecutorManagerThread")
 
 #: Of a cluster that several tests share, and its workers.
 OF_CLUSTERS = ("AsyncProcess", "QueueFeederThread", "IO loop", "Profile", "Dask-Default-Threads")

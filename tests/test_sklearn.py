@@ -183,15 +183,17 @@ def client():
         yield client
 
 
-@pytest.fixture(params=["dask", "loky"])
-def elsewhere(request, monkeypatch):
+@pytest.fixture(params=["dask", "loky"], scope="module")
+def elsewhere(request):
     """Return what calls a function that is to use other processes, two on any machine."""
-    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
     if request.param == "dask":
         request.getfixturevalue("client")
 
     def call(function):
-        with joblib.parallel_config(request.param, n_jobs=-1):
+        with (
+            mock.patch.dict(os.environ, LOKY_MAX_CPU_COUNT="2"),
+            joblib.parallel_config(request.param, n_jobs=-1),
+        ):
             return function()
 
     return call
