@@ -7,7 +7,6 @@ the other, are 18 kB and 64,000 calls.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import keras
 
 from dask_keras_serialize.errors import DecodeError
+from dask_keras_serialize.hooks import in_this_thread
 
 #: Of a config; more of each object that is named in it. Honest models take two or three each.
 MOST, MOST_OF_ONE = 20_000, 20
@@ -31,23 +31,17 @@ def counted(most: int, owner: str) -> Iterator[None]:
     DecodeError
         In the midst of what would make more.
     """
-    original: Any = keras.KerasTensor.__init__
-    builder = threading.get_ident()
     made = 0
 
-    def counting(tensor: Any, *arguments: Any, **keywords: Any) -> None:
+    def count(original: Any, *arguments: Any, **keywords: Any) -> None:
         nonlocal made
-        if threading.get_ident() == builder:
-            made += 1
-            if made > most:
-                raise DecodeError(
-                    f"{owner}: its config asks for more than {most} symbolic tensors, for more "
-                    "than it names; send it by value, or in parts"
-                )
-        original(tensor, *arguments, **keywords)
+        made += 1
+        if made > most:
+            raise DecodeError(
+                f"{owner}: its config asks for more than {most} symbolic tensors, for more "
+                "than it names; send it by value, or in parts"
+            )
+        original(*arguments, **keywords)
 
-    keras.KerasTensor.__init__ = counting
-    try:
+    with in_this_thread(keras.KerasTensor, "__init__", count):
         yield
-    finally:
-        keras.KerasTensor.__init__ = original

@@ -24,6 +24,7 @@ import keras
 from dask_keras_serialize import assets, compiled, fidelity, private, skew
 from dask_keras_serialize.backends import Array
 from dask_keras_serialize.budget import MOST, MOST_OF_ONE, counted
+from dask_keras_serialize.defaults import floatx_in_this_thread, policy_in_this_thread
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.parts import Description, Key, Rebuilt
 from dask_keras_serialize.rebuild import Values, assign_rest, rebuilding, values_at_creation
@@ -251,17 +252,12 @@ def parts_of(model: keras.Model) -> dict[Key, Any]:
 @contextmanager
 def _defaults(policy: dict[str, Any], floatx: str) -> Iterator[None]:
     """Rebuild under the sender's dtype policy, which models take and no config holds."""
-    before, before_x = keras.config.dtype_policy(), keras.config.floatx()
-    try:
-        if before_x != floatx:
-            keras.config.set_floatx(floatx)
-        # which reads it, under that floatx, and may refuse to
-        keras.config.set_dtype_policy(keras.dtype_policies.deserialize(policy))
+    with (
+        floatx_in_this_thread(floatx),
+        # read under that floatx, which it may depend on
+        policy_in_this_thread(keras.dtype_policies.deserialize(policy)),
+    ):
         yield
-    finally:
-        keras.config.set_dtype_policy(before)
-        if before_x != floatx:
-            keras.config.set_floatx(before_x)
 
 
 def remember(model: keras.Model, seeds: list[tuple[int, str, int]], paths: list[Any]) -> None:

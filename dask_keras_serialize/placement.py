@@ -191,13 +191,13 @@ class PlaceKeras(WorkerPlugin):  # type: ignore[misc]
         if shown is not None and shown > 1:  # somebody has asked the driver before us
             raise PlacementError(f"{_RESTART} (CUDA shows it {shown} GPUs, not the one)")
         if self.policy is not None:
-            from dask_keras_serialize import private
+            from dask_keras_serialize import defaults
 
             try:
                 policy = keras.dtype_policies.get(self.policy)
             except (ValueError, TypeError) as error:
                 raise PlacementError(f"policy={self.policy!r} is none there: {error}") from error
-            if not private.set_policy_everywhere(policy):
+            if not defaults.set_policy_everywhere(policy):
                 raise PlacementError(
                     f"keras {keras.version()} keeps its policy in a way that is not known: set it "
                     "in every task, by keras.config.set_dtype_policy()"

@@ -9,7 +9,6 @@ which alone touches it; of TensorFlow, in its adapter.
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import Any
@@ -140,6 +139,14 @@ KERAS = {
     "global_state.GLOBAL_STATE_TRACKER": (
         "keras/src/backend/common/global_state.py",
         "workers refuse to be placed with a dtype policy",
+    ),
+    "global_state.get_global_attribute": (
+        "keras/src/backend/common/global_state.py",
+        "a thread that receives a model keeps the dtype policy it had",
+    ),
+    "config.floatx": (
+        "keras/src/backend/config.py",
+        "while a model of another floatx is rebuilt, all threads have that",
     ),
     "MultiOptimizer._var_to_optimizer_idx": (
         "keras/src/optimizers/multi_optimizer.py",
@@ -316,34 +323,3 @@ def build_losses(model: keras.Model, y_true: Any, y_pred: Any) -> None:
 def reduce_backend(obj: Any) -> tuple[Any, ...]:
     """Reduce the backend that augmentation layers hold, which looks itself up for ever."""
     return type(obj), () if obj._backend == keras.backend.backend() else (obj._backend,)
-
-
-def set_policy_everywhere(policy: keras.DTypePolicy) -> bool:
-    """Make a dtype policy the default of every thread; ``keras.config`` does so for its own.
-
-    Parameters
-    ----------
-    policy : keras.DTypePolicy
-
-    Returns
-    -------
-    bool
-        False where this Keras does not keep it as known, and nothing was done.
-
-    Notes
-    -----
-    ``keras.utils.clear_session()`` forgets it, as any other.
-    """
-    state: Any = import_module("keras.src.backend.common.global_state")
-    tracker = getattr(state, "GLOBAL_STATE_TRACKER", None)
-    if not isinstance(tracker, threading.local):
-        return False
-
-    class Everywhere(threading.local):
-        dtype_policy = policy
-
-    everywhere = Everywhere()
-    vars(everywhere).update(vars(tracker))
-    vars(everywhere).pop("dtype_policy", None)
-    state.GLOBAL_STATE_TRACKER = everywhere
-    return keras.config.dtype_policy() is policy

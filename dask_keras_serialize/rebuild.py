@@ -15,7 +15,6 @@ import functools
 import gc
 import math
 import sys
-import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ from dask_keras_serialize.cuda import DeviceFrame
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.frames import LARGE, AnyFrame, Bytes, unpack
 from dask_keras_serialize.header import ITEMSIZE, STRING, Header, numpy_dtype
+from dask_keras_serialize.hooks import in_this_thread
 
 #: So many variables more than were sent may be made in a rebuild, and dropped.
 SPARE = 100
@@ -172,37 +172,30 @@ def values_at_creation(values: Values) -> Iterator[Given]:
     waiting: dict[tuple[Any, ...], deque[int]] = defaultdict(deque)
     for index, entry in enumerate(values.header.variables):
         waiting[_hint(entry.path), entry.shape, entry.dtype].append(index)
-    builder = threading.get_ident()
     # for what finds no value until all are built
     spare, unmatched = max(values.header.nbytes, LARGE), len(values.header.variables) + SPARE
-    cls = keras.Variable
-    original: Callable[[Any, Any], None] = cls._initialize_with_initializer
 
-    def initialize(variable: keras.Variable, initializer: Any) -> None:
+    def initialize(original: Any, variable: keras.Variable, initializer: Any) -> None:
         nonlocal spare, unmatched
-        if threading.get_ident() == builder:
-            queue = waiting.get((_hint(variable.path), tuple(variable._shape), variable.dtype))
-            if queue:  # its bytes were sent: header.py sees to that
-                index = queue.popleft()
-                # optimizers name their slots after it
-                variable._path = values.header.variables[index].path
-                values.place(index, functools.partial(values.backend.initialize, variable))
-                given[id(variable)] = index, variable
-                return
-            spare -= _afford(variable, values.header, spare)
-            unmatched -= 1
-            if unmatched < 0:
-                raise DecodeError(
-                    f"{values.header.owner}: its config asks for more variables than the "
-                    f"{len(values.header.variables)} that were sent; {skew.named(values.header)}"
-                )
+        queue = waiting.get((_hint(variable.path), tuple(variable._shape), variable.dtype))
+        if queue:  # its bytes were sent: header.py sees to that
+            index = queue.popleft()
+            # optimizers name their slots after it
+            variable._path = values.header.variables[index].path
+            values.place(index, functools.partial(values.backend.initialize, variable))
+            given[id(variable)] = index, variable
+            return
+        spare -= _afford(variable, values.header, spare)
+        unmatched -= 1
+        if unmatched < 0:
+            raise DecodeError(
+                f"{values.header.owner}: its config asks for more variables than the "
+                f"{len(values.header.variables)} that were sent; {skew.named(values.header)}"
+            )
         original(variable, initializer)
 
-    cls._initialize_with_initializer = initialize
-    try:
+    with in_this_thread(keras.Variable, "_initialize_with_initializer", initialize):
         yield given
-    finally:
-        cls._initialize_with_initializer = original
 
 
 def assign_rest(variables: Sequence[keras.Variable], given: Given, values: Values) -> None:

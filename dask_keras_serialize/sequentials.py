@@ -7,12 +7,13 @@ minute. What it ends with is what the last of these builds makes.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import keras
+
+from dask_keras_serialize.hooks import in_this_thread
 
 #: What a config may have for layers to be added here; with anything else Keras adds them.
 _KNOWN = {"name", "trainable", "dtype", "layers", "build_input_shape"}
@@ -24,22 +25,16 @@ def built_once() -> Iterator[None]:
 
     Call it inside :func:`rebuild.rebuilding`, which holds the lock.
     """
-    original = vars(keras.Sequential)["from_config"]
-    builder = threading.get_ident()
 
     def from_config(
-        cls: type[keras.Sequential], config: Any, custom_objects: dict[str, Any] | None = None
-    ) -> keras.Sequential:
-        if threading.get_ident() == builder and cls is keras.Sequential and _is_known(config):
+        original: Any, cls: type[keras.Sequential], config: Any, custom_objects: Any = None
+    ) -> Any:
+        if cls is keras.Sequential and _is_known(config):
             return _build(config, custom_objects)
-        model: keras.Sequential = original.__func__(cls, config, custom_objects)
-        return model
+        return original(cls, config, custom_objects)
 
-    keras.Sequential.from_config = classmethod(from_config)
-    try:
+    with in_this_thread(keras.Sequential, "from_config", from_config):
         yield
-    finally:
-        keras.Sequential.from_config = original
 
 
 def _is_known(config: Any) -> bool:

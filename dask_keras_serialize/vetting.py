@@ -46,6 +46,9 @@ _COUNTS = ("indices_or_sections", "num", "num_thresholds", "ngrams", "n", "num_o
 _PATTERNS, _REPEATED = ("exclude_layers", "policy_map"), re.compile(r"\)\s*[*+?{]|\(\?")
 _QUANTIFIERS, MOST_PLACES = re.compile(r"[*+?{]"), 10**8
 
+#: What ``keras.config.set_floatx`` takes.
+_FLOATX = ("bfloat16", "float16", "float32", "float64")
+
 #: More tensors no operation makes; building that many takes a second.
 MOST_TENSORS = 10_000
 
@@ -329,7 +332,7 @@ def _trainer(value: object) -> bool:
 _FIELDS: dict[str, Callable[[object], bool]] = {
     "model": _is(dict),
     "policy": _is(dict, str),
-    "floatx": _is(str),
+    "floatx": lambda value: value in _FLOATX,
     "frozen": _each(int),
     "seeds": _rows(int, str, int),
     "paths": _each(str, type(None)),

@@ -49,5 +49,9 @@ def _living(what: str) -> list[Any]:
     module = sys.modules.get(f"distributed.{what}")
     if module is None:
         return []
-    found = getattr(getattr(module, what.capitalize(), None), "_instances", ())
-    return [each for each in found if each.status.name != "closed"]
+    instances = getattr(getattr(module, what.capitalize(), None), "_instances", ())
+    while True:
+        try:
+            return [each for each in instances if each.status.name != "closed"]
+        except RuntimeError:  # another thread has started or closed one meanwhile
+            continue

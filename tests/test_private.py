@@ -23,7 +23,7 @@ from keras.src.models import functional as functional_module
 from keras.src.models import model as model_module
 from keras.src.random import seed_generator
 
-from dask_keras_serialize import by_value, private, registration, shells
+from dask_keras_serialize import by_value, defaults, private, registration, shells
 from dask_keras_serialize.errors import EncodeError
 from dask_keras_serialize.protocol import encode
 from tests import zoo
@@ -75,6 +75,16 @@ FOUND = {
     "Optimizer._trainable_variables": lambda m: m.optimizer._trainable_variables[0],
     "global_state.GLOBAL_STATE_TRACKER": lambda m: (
         isinstance(global_state.GLOBAL_STATE_TRACKER, threading.local) or None
+    ),
+    "global_state.get_global_attribute": lambda m: (
+        global_state.get_global_attribute("dtype_policy") is keras.config.dtype_policy() or None
+    ),
+    "config.floatx": lambda m: (
+        (
+            keras.config.floatx.__code__.co_names == ("_FLOATX",)
+            and defaults.can_hook(keras.config.floatx)
+        )
+        or None
     ),
     "Optimizer._learning_rate": lambda m: m.optimizer._learning_rate,
     "Optimizer._var_key": lambda m: m.optimizer._var_key(m.trainable_variables[0]),

@@ -1,0 +1,130 @@
+"""What Keras makes objects with where nobody says: its floatx and its dtype policy.
+
+Keras keeps the one for the process and the other for each thread; a model that arrives needs its
+sender's in the thread that rebuilds it, and a worker one policy in all. What is touched is listed
+in :data:`dask_keras_serialize.private.KERAS`.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import keras
+
+
+@contextmanager
+def policy_in_this_thread(policy: keras.DTypePolicy) -> Iterator[None]:
+    """Have Keras's dtype policy be another in this thread; then what it was, or still unset.
+
+    Keras itself sets it, by floatx, when somebody asks for it: a later floatx would change nothing.
+    """
+    state: Any = import_module("keras.src.backend.common.global_state")
+    try:
+        before = state.get_global_attribute("dtype_policy")
+        put_back = state.set_global_attribute
+    except AttributeError:
+        before = keras.config.dtype_policy()
+        put_back = lambda _, policy: keras.config.set_dtype_policy(policy)  # noqa: E731
+    keras.config.set_dtype_policy(policy)
+    try:
+        yield
+    finally:
+        put_back("dtype_policy", before)
+
+
+def set_policy_everywhere(policy: keras.DTypePolicy) -> bool:
+    """Make a dtype policy the default of every thread; ``keras.config`` does so for its own.
+
+    Parameters
+    ----------
+    policy : keras.DTypePolicy
+
+    Returns
+    -------
+    bool
+        False where this Keras does not keep it as known, and nothing was done.
+
+    Notes
+    -----
+    ``keras.utils.clear_session()`` forgets it, as any other.
+    """
+    state: Any = import_module("keras.src.backend.common.global_state")
+    tracker = getattr(state, "GLOBAL_STATE_TRACKER", None)
+    if not isinstance(tracker, threading.local):
+        return False
+
+    class Everywhere(threading.local):
+        dtype_policy = policy
+
+    everywhere = Everywhere()
+    vars(everywhere).update(vars(tracker))
+    vars(everywhere).pop("dtype_policy", None)
+    state.GLOBAL_STATE_TRACKER = everywhere
+    return keras.config.dtype_policy() is policy
+
+
+class _Threads(threading.local):
+    """The floatx of each thread; None where it is the process's."""
+
+    floatx: str | None = None
+
+
+_threads = _Threads()
+_of_the_process: Callable[[], str] = keras.config.floatx
+
+
+def floatx() -> str:
+    """Return the floatx of this thread."""
+    return _threads.floatx or _of_the_process()
+
+
+@contextmanager
+def floatx_in_this_thread(name: str) -> Iterator[None]:
+    """Have Keras's floatx be another in this thread: one of those that ``set_floatx`` takes.
+
+    Call it inside :func:`rebuild.rebuilding`, which holds the lock. Keras's modules import the
+    function that returns it, so what is hooked is that function's code
+    (``keras/src/backend/config.py``). Where it cannot be, floatx is another in all threads.
+    """
+    global _of_the_process
+    function: Any = keras.config.floatx
+    before = function()
+    if before == name:
+        yield
+    elif can_hook(function):
+        is_hooked, outer = function.__code__ is _hooked.__code__, _threads.floatx
+        if not is_hooked:  # by a rebuild that this is a part of
+            original = function.__code__
+            _of_the_process = types.FunctionType(original, function.__globals__)
+            function.__code__ = _hooked.__code__
+        _threads.floatx = name
+        try:
+            yield
+        finally:
+            _threads.floatx = outer
+            if not is_hooked:
+                function.__code__ = original
+    else:
+        keras.config.set_floatx(name)
+        try:
+            yield
+        finally:
+            keras.config.set_floatx(before)
+
+
+def can_hook(function: Any) -> bool:
+    """Say whether other code can stand in for that of a function without arguments."""
+    code = getattr(function, "__code__", None)
+    return code is not None and not code.co_freevars and not code.co_argcount
+
+
+def _hooked() -> str:
+    # it runs with the globals of Keras's module
+    import sys
+
+    return sys.modules["dask_keras_serialize.defaults"].floatx()  # type: ignore[no-any-return]
