@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
 from operator import attrgetter
@@ -101,6 +101,29 @@ def new(name: str, /, *args: Any, **kwargs: Any) -> Callable[[], Any]:
 def citizens(space: str, way: Callable[..., Citizen], specs: Specs) -> dict[str, Citizen]:
     names = {name: f"{space}.{name}" for name in specs}
     return {names[name]: way(new(names[name], **kw), *on) for name, (on, kw) in specs.items()}
+
+
+def one_of_each(space: str, specs: Specs) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """Make one of each class that there is on this backend, and say what it is used on."""
+    for name, (on, kwargs) in specs.items():
+        if f"{space}.{name}" not in ELSEWHERE and attrgetter(space)(keras).__dict__.get(name):
+            yield new(f"{space}.{name}", **kwargs)(), on
+
+
+def around(obj: keras.Layer, data: Any) -> keras.Model:
+    """Make a model of a layer, for inputs like the data that it is used on."""
+    inputs = inputs_like(data)
+    return keras.Model(inputs, obj(inputs))
+
+
+def inputs_like(data: Any, name: str | None = None) -> Any:
+    if isinstance(data, dict):
+        return {key: inputs_like(value, key) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [inputs_like(each) for each in data]
+    array = np.asarray(data)
+    dtype = "string" if array.dtype.kind in "UO" else str(array.dtype)
+    return keras.Input(array.shape[1:], dtype=dtype, name=name)
 
 
 def plain(value: Any) -> Any:

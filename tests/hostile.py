@@ -13,7 +13,7 @@ import functools
 import gc
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -25,7 +25,7 @@ from dask_keras_serialize.errors import KerasSerializeError
 from dask_keras_serialize.fingerprints import fingerprints
 from dask_keras_serialize.frames import as_frames
 from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
-from tests import zoo
+from tests import catalogue, zoo
 
 #: Returns a number from 0 to below the one it is given.
 Choose = Callable[[int], int]
@@ -46,6 +46,12 @@ STRANGE: list[Any] = [
     functools.reduce(lambda inner, _: {"class_name": inner, "config": {}}, range(20), "Dense"),
 ]  # fmt: skip
 
+#: What arguments that count something may be, when somebody wishes harm.
+HUGE: list[Any] = [
+    10**4, 10**6, 2**31 - 1, 10**9, 2**63 - 1, [10**6, 10**6], [10**9], [1] * 300, "a" * 10_000,
+    {"a": 10**9}, 1e30,
+]  # fmt: skip
+
 #: What of the zoo is mutated: what there is in headers and configs, in few bytes.
 MODELS = ("sequential", "trained", "trained two outputs", "vocabulary", "trained subclassed")
 
@@ -64,9 +70,45 @@ def messages() -> list[Message]:
     return [*good, (header, [bytes(frame) for frame in frames])]
 
 
+@functools.cache
+def objects() -> list[dict[str, Any]]:
+    """Describe one of each class as configs do, but for those that hold code."""
+    spaces = {
+        "layers": catalogue.LAYERS,
+        "optimizers": catalogue.OPTIMIZERS,
+        "optimizers.schedules": catalogue.SCHEDULES,
+        "losses": catalogue.LOSSES,
+        "metrics": catalogue.METRICS,
+        "initializers": catalogue.INITIALIZERS,
+        "constraints": catalogue.CONSTRAINTS,
+    }
+    found = []
+    for space, specs in spaces.items():
+        for obj, _ in catalogue.one_of_each(space, specs):
+            described = keras.saving.serialize_keras_object(obj)
+            if "__lambda__" not in json.dumps(described, default=repr):
+                found.append(described)
+    return found
+
+
+@functools.cache
+def layer_messages() -> list[Message]:
+    """Serialize a model of each layer that can be one's, by config."""
+    found = []
+    for layer, on in catalogue.one_of_each("layers", catalogue.LAYERS):
+        try:
+            model = catalogue.around(layer, on[0])
+        except (TypeError, ValueError):  # cells, layers of more arguments, of shapes all known
+            continue
+        header, frames = serialize_keras(model)
+        if header["encoding"] == "config":
+            found.append((header, [bytes(frame) for frame in frames]))
+    return found
+
+
 def mutated(choose: Choose) -> Message:
     """Choose a message, and what goes wrong with it: one thing, or several."""
-    good = messages()
+    good = layer_messages() if choose(2) else messages()
     header, frames = good[choose(len(good))]
     header, frames = copy.deepcopy(header), list(frames)
     by_value = header["encoding"] == "value"
@@ -118,6 +160,8 @@ def change(value: Any, choose: Choose) -> Any:
             items[place], items[other] = items[other], items[place]
         case 3:
             items = items * (1 + choose(3))
+        case 4:
+            items[place:place] = [items[place]] * choose(100)
         case _:
             items[place] = change(items[place], choose)
     return items
@@ -129,10 +173,38 @@ def change_config(text: str, choose: Choose) -> str:
         config = json.loads(text)
     except ValueError:
         return text
+    objects = list(named(config))
+    if objects and choose(3) == 0:
+        ask_too_much(objects[choose(len(objects))], choose)
+        return json.dumps(config)
     within = ("model", "compile", "model", "")[choose(4)]
     if isinstance(config, dict) and within in config:
         return json.dumps(config | {within: change(config[within], choose)})
     return json.dumps(change(config, choose))
+
+
+def named(value: Any) -> Iterator[dict[str, Any]]:
+    """Find the objects of classes that a config names, at any depth."""
+    if isinstance(value, dict):
+        if isinstance(value.get("class_name"), str) and isinstance(value.get("config"), dict):
+            yield value
+        value = list(value.values())
+    if isinstance(value, list):
+        for each in value:
+            yield from named(each)
+
+
+def ask_too_much(described: dict[str, Any], choose: Choose) -> None:
+    """Have an object, or one of another class in its place, take arguments that cost a lot."""
+    if choose(2):
+        other = copy.deepcopy(objects()[choose(len(objects()))])
+        if "name" in described["config"]:
+            other["config"]["name"] = described["config"]["name"]
+        described |= other
+    taken = sorted(described["config"])
+    for _ in range(1 + choose(2)):
+        if taken:
+            described["config"][taken[choose(len(taken))]] = HUGE[choose(len(HUGE))]
 
 
 def cut(text: str, choose: Choose) -> str:
@@ -193,6 +265,7 @@ def settings() -> list[Any]:
         keras.KerasTensor: "__init__",
     }
     values = [getattr(cls, name) for cls, name in patched.items()]
+    values.append(keras.config.floatx.__code__)
     defaults = keras.config.floatx(), keras.config.dtype_policy().name
     return [*values, *defaults, random.getstate(), gc.isenabled()]
 

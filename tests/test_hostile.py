@@ -1,6 +1,7 @@
 """Any bytes give an error of this package's own, or an object that is what they say."""
 
 import gc
+import json
 import re
 import subprocess
 import sys
@@ -48,6 +49,17 @@ def test_mutations_get_everywhere():
     assert outcomes == {"refused", "whole"}
     assert len(reasons) > 60
     assert keras.Variable._initialize_with_initializer.__module__.startswith("keras")
+
+
+def test_arguments_that_cost_a_lot():
+    """Of each of Keras's layers some: they are refused, or cost nothing before they are used."""
+    choose = hostile.at_random(0)
+    for header, frames in hostile.layer_messages():
+        for _ in range(20):
+            config = json.loads(header["body"]["config"])
+            hostile.ask_too_much(list(hostile.named(config["model"]["config"]))[-1], choose)
+            body = header["body"] | {"config": json.dumps(config)}
+            hostile.outcome(header | {"body": body}, frames)
 
 
 def test_what_the_fuzzer_found():
