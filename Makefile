@@ -120,7 +120,7 @@ fuzz: ## fuzz the decoder for FUZZ_SECONDS, in an environment of its own
 	$(MAKE) install BACKEND_EXTRA=fuzz VENV=$(VENV)-fuzz EXTRAS=test,fuzz,tensorflow-cpu KERAS_BACKEND=tensorflow
 	mkdir -p build/fuzz
 	KERAS_BACKEND=tensorflow $(VENV)-fuzz/bin/python -m tests.fuzz -max_total_time=$(FUZZ_SECONDS) \
-	  -max_len=4096 -timeout=30 -rss_limit_mb=8192 -malloc_limit_mb=2048 -print_final_stats=1 \
+	  -max_len=4096 -timeout=15 -rss_limit_mb=8192 -print_final_stats=1 \
 	  -artifact_prefix=build/fuzz/found- build/fuzz tests/corpus
 
 soak: $(INSTALLED) ## send models through four workers for SOAK_SECONDS; fails if anything grows

@@ -1,8 +1,8 @@
 """Fuzzing of the decoder, guided by its coverage: make fuzz FUZZ_SECONDS=300.
 
 The bytes that atheris (libFuzzer) makes up choose among the mutations of ``hostile.py``, or are a
-header themselves. A crash, a hang of 30 s, 2 GiB of memory, or an outcome that is neither refusal
-nor whole ends the run with another status than 0 and writes the input to ``build/fuzz/found-*``;
+header themselves. A crash, a hang of 15 s, a GiB more of addresses than the process began with, or
+an outcome that is neither refusal nor whole ends the run with another status than 0 and writes the input to ``build/fuzz/found-*``;
 ``python -m tests.fuzz FILE`` runs it again. Inputs that found new ways through the decoder stand in
 ``build/fuzz``; those that together go all of these ways are kept in ``tests/corpus``, with what was
 found, where the next run begins; ``test_hostile.py`` runs them too.
@@ -37,7 +37,8 @@ def main() -> None:
 
     with atheris.instrument_imports(include=["dask_keras_serialize"]):
         from tests import hostile
-    hostile.messages()
+    hostile.messages(), hostile.layer_messages(), hostile.objects()  # made once
+    hostile.limit_memory(1 << 30)
     atheris.Setup(sys.argv, lambda data: run(data) and None)
     atheris.Fuzz()
 

@@ -13,12 +13,14 @@ import functools
 import gc
 import json
 import random
+import resource
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import msgpack
 import numpy as np
+import psutil
 
 from dask_keras_serialize import templates
 from dask_keras_serialize.errors import KerasSerializeError
@@ -244,6 +246,12 @@ def repair(header: dict[str, Any], frames: list[bytes]) -> None:
     marks, whole = fingerprints(as_frames(frames, "it"))
     header["frame-sizes"] = [len(frame) for frame in frames]
     header["fingerprints"], header["whole"] = list(marks), list(whole)
+
+
+def limit_memory(nbytes: int) -> None:
+    """Let this process have so many bytes of addresses more, for good."""
+    limit = psutil.Process().memory_info().vms + nbytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def outcome(header: Any, frames: list[bytes]) -> str:

@@ -128,13 +128,10 @@ def test_shapes_that_no_backend_survives(shape):
 
 
 LIMITED = """
-    import resource, sys
     from tests import hostile
-    hostile.messages()
     for seed in range(150):
         hostile.outcome(*hostile.mutated(hostile.at_random(seed)))
-    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (512 << 20),) * 2)
+    hostile.limit_memory(512 << 20)
     for seed in range(150, 400):
         hostile.outcome(*hostile.mutated(hostile.at_random(seed)))
     print("survived")
