@@ -2,10 +2,11 @@
 
 The bytes that atheris (libFuzzer) makes up choose among the mutations of ``hostile.py``, or are a
 header themselves. A crash, a hang of 15 s, a GiB more of addresses than the process began with, or
-an outcome that is neither refusal nor whole ends the run with another status than 0 and writes the input to ``build/fuzz/found-*``;
-``python -m tests.fuzz FILE`` runs it again. Inputs that found new ways through the decoder stand in
-``build/fuzz``; those that together go all of these ways are kept in ``tests/corpus``, with what was
-found, where the next run begins; ``test_hostile.py`` runs them too.
+an outcome that is neither refusal nor whole ends the run with another status than 0 and writes the
+input to ``build/fuzz/found-*``; ``python -m tests.fuzz FILE`` runs it again. Inputs that found new
+ways through the decoder stand in ``build/fuzz``; those that together go all of these ways are kept
+in ``tests/corpus``, where the next run begins, until the mutations are others; ``test_hostile.py``
+runs them too.
 """
 
 from __future__ import annotations

@@ -155,6 +155,14 @@ PAYLOADS = {
             "config": {"value": ["x"], "dtype": "S9000000000000"},
         },
     ),
+    "a list for a dtype": lambda _: layer(  # which a fuzz run found
+        "Dense",
+        units=2,
+        kernel_initializer={
+            "class_name": "__numpy__",
+            "config": {"value": [1.0], "dtype": ["float32"]},
+        },
+    ),
     "more tensors than there is time for": lambda _: layer(
         "Split", "keras.src.ops.numpy", indices_or_sections=10**12, axis=0
     ),
