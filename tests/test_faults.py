@@ -8,6 +8,7 @@ process too, is as it was: no key, no file, no descriptor, no memory more.
 import contextlib
 import errno
 import gc
+import math
 import os
 import shlex
 import signal
@@ -37,12 +38,13 @@ MEBIBYTE = 1 << 20
 
 @shipped
 def dense(nbytes):
-    """Build a model of one kernel, of random numbers."""
+    """Build a model of one kernel, of so many bytes of random numbers: whole mebibytes."""
     rows = 1 << (nbytes.bit_length() // 2 - 1)
 
     def kernel(shape, dtype):
-        numbers = np.resize(np.random.default_rng(0).random(1 << 18, np.float32), np.prod(shape))
-        return keras.ops.convert_to_tensor(numbers.reshape(shape), dtype)
+        numbers = np.random.default_rng(0).random(MEBIBYTE // 4, np.float32)
+        # by the backend, in the memory that the variable then keeps
+        return keras.ops.reshape(keras.ops.tile(numbers, math.prod(shape) // numbers.size), shape)
 
     layer = keras.layers.Dense(nbytes // 4 // rows, use_bias=False, kernel_initializer=kernel)
     model = keras.Sequential([keras.Input((rows,)), layer])
