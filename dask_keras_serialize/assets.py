@@ -46,7 +46,7 @@ def write(model: keras.Model, names: list[tuple[int, str]], extras: list[Array])
     Raises
     ------
     DecodeError
-        If they are of other layers, or their names are none.
+        If they are of other layers, or their names are none, or twice the same.
     OSError
         As :func:`read`.
     """
@@ -55,8 +55,8 @@ def write(model: keras.Model, names: list[tuple[int, str]], extras: list[Array])
     for (i, name), content in zip(names, extras, strict=True):
         if i not in layers:
             raise DecodeError(f"model {model.name!r}: assets were sent for no layer that has any")
-        if Path(name).name != name:
-            raise DecodeError(f"model {model.name!r}: asset {name!r} is not a name")
+        if Path(name).name != name or name in files.get(i, ()):
+            raise DecodeError(f"model {model.name!r}: asset {name!r} is not a name, or comes twice")
         files.setdefault(i, {})[name] = content
     for i, content_of in sorted(files.items()):
         _in_a_folder(partial(_load, layers[i], content_of))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -75,12 +75,24 @@ class _Threads(threading.local):
 
 
 _threads = _Threads()
-_of_the_process: Callable[[], str] = keras.config.floatx
+
+
+def can_hook(function: Any) -> bool:
+    """Say whether other code can stand in for that of a function without arguments."""
+    code = getattr(function, "__code__", None)
+    return code is not None and not code.co_freevars and not code.co_argcount
+
+
+#: What returns the process's, whatever code the function has now.
+_of_the_process: Any = keras.config.floatx
+if can_hook(_of_the_process):
+    _of_the_process = types.FunctionType(_of_the_process.__code__, _of_the_process.__globals__)
 
 
 def floatx() -> str:
     """Return the floatx of this thread."""
-    return _threads.floatx or _of_the_process()
+    found: str = _threads.floatx or _of_the_process()
+    return found
 
 
 @contextmanager
@@ -91,36 +103,23 @@ def floatx_in_this_thread(name: str) -> Iterator[None]:
     function that returns it, so what is hooked is that function's code
     (``keras/src/backend/config.py``). Where it cannot be, floatx is another in all threads.
     """
-    global _of_the_process
     function: Any = keras.config.floatx
-    before = function()
-    if before == name:
-        yield
-    elif can_hook(function):
-        is_hooked, outer = function.__code__ is _hooked.__code__, _threads.floatx
-        if not is_hooked:  # by a rebuild that this is a part of
-            original = function.__code__
-            _of_the_process = types.FunctionType(original, function.__globals__)
-            function.__code__ = _hooked.__code__
+    if can_hook(function):  # though it be the same: another thread may set another meanwhile
+        original, outer = function.__code__, _threads.floatx
+        function.__code__ = _hooked.__code__  # as it is already in a rebuild inside another
         _threads.floatx = name
         try:
             yield
         finally:
             _threads.floatx = outer
-            if not is_hooked:
-                function.__code__ = original
+            function.__code__ = original
     else:
+        before = function()
         keras.config.set_floatx(name)
         try:
             yield
         finally:
             keras.config.set_floatx(before)
-
-
-def can_hook(function: Any) -> bool:
-    """Say whether other code can stand in for that of a function without arguments."""
-    code = getattr(function, "__code__", None)
-    return code is not None and not code.co_freevars and not code.co_argcount
 
 
 def _hooked() -> str:

@@ -114,6 +114,12 @@ def _foreign(config: Any) -> str | None:
             if name is not None and "config" in node:
                 if name == "__lambda__":
                     return "a lambda"
+                if name == "function" and not vetting.finds_function(
+                    node.get("module"), node["config"]
+                ):
+                    return f"function {node['config']!r}"
+                if name == "__bytes__":
+                    return "a name in bytes"  # lookups are not told that they are
                 registered = node.get("registered_name")
                 own = vetting.of_keras(node.get("module")) and registered in (None, "", name)
                 if (

@@ -126,7 +126,11 @@ def _value_lost(layer: keras.Layer) -> str | None:
 
 
 def _structure_lost(layer: keras.Layer) -> str | None:
-    """Name what of a functional model's nest holds tuples, which a config makes lists."""
+    """Name what of a functional model's nest holds tuples, which a config makes lists.
+
+    Or that it is called on a number of NumPy's, which a config makes one of Python's: that takes
+    the dtype of what it is added to.
+    """
     for name in ("_inputs_struct", "_outputs_struct"):
         waiting = [vars(layer).get(name)]
         while waiting:
@@ -135,6 +139,10 @@ def _structure_lost(layer: keras.Layer) -> str | None:
                 return name
             if isinstance(value, (list, dict)):
                 waiting += value.values() if isinstance(value, dict) else value
+    for _, node in private.nodes(private.function_of(layer)):
+        for value in keras.tree.flatten((node.arguments.args, node.arguments.kwargs)):
+            if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and not value.ndim):
+                return f"{value.dtype} number"
     return None
 
 

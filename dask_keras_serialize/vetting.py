@@ -13,13 +13,13 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
 from dask import config as dask_config
 
-from dask_keras_serialize import skew
+from dask_keras_serialize import patterns, skew
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.header import FORMAT, ITEMSIZE, Header
 from dask_keras_serialize.layerwise import NEVER_BY_CONFIG
@@ -39,12 +39,6 @@ _FILES = ("vocabulary", "idf_weights")
 
 #: Arguments that say how many tensors, thresholds, n-grams, copies are made, of whatever is sent.
 _COUNTS = ("indices_or_sections", "num", "num_thresholds", "ngrams", "n", "num_oov_indices")
-
-#: Arguments, lists or the keys of a dict, that Keras takes for regular expressions; groups that are
-#: repeated or have extensions, which make some of them take for ever; and what repeats a part: each
-#: of those may try every place in a name.
-_PATTERNS, _REPEATED = ("exclude_layers", "policy_map"), re.compile(r"\)\s*[*+?{]|\(\?")
-_QUANTIFIERS, MOST_PLACES = re.compile(r"[*+?{]"), 10**8
 
 #: What ``keras.config.set_floatx`` takes.
 _FLOATX = ("bfloat16", "float16", "float32", "float64")
@@ -112,10 +106,11 @@ def read(text: Any, header: Header) -> Vetted:
     named.sort(key=lambda node: is_listed(node.get("module")))
     is_newer = skew.is_newer(header)
     ending = f"; {skew.named(header)}" if is_newer else ""
-    longest = max((len(each) for each in _names(config, named)), default=0)
+    if reason := patterns.too_costly(config, named, header):
+        raise DecodeError(f"{problem}: {reason}{ending}")
     for node in named:
         try:
-            reason = _refusal(node, classes) or _pattern(node["config"], longest)
+            reason = _refusal(node, classes) or _twice(node["config"])
         except RecursionError as error:
             raise DecodeError(f"{problem}, it is malformed: {error!r}; send it again") from None
         if reason:
@@ -158,10 +153,8 @@ def _refusal(node: dict[str, Any], classes: dict[str, type]) -> str | None:
         known = isinstance(dtype, str) and dtype in ITEMSIZE
         return None if known else f"it holds numbers of dtype {dtype!r}"
     if name == "function":
-        named = functions_named(inner) if isinstance(inner, str) else ()
-        if named and (module == "builtins" or any(_symbol(module, inner) is f for f in named)):
-            return None
-        return f"the function {inner!r} of {module!r} is not Keras's own"
+        known = finds_function(module, inner)
+        return None if known else f"the function {inner!r} of {module!r} is not Keras's own"
     if name.startswith("__"):
         return f"it holds a {name.strip('_')}, which is code"
     if not _calls_with_tensors(node):
@@ -195,23 +188,26 @@ def _argument(name: str, inner: object) -> str | None:
     return None
 
 
-def _names(config: dict[str, Any], named: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield what patterns are looked for in: names of layers, and their paths."""
-    inner = (node["config"] for node in named if isinstance(node["config"], dict))
-    names = (each.get("name") for each in inner)
-    yield from (each for each in (*names, *config["paths"]) if isinstance(each, str))
+def finds_function(module: object, name: object) -> bool:
+    """Say whether a config's function is an activation, loss or metric of Keras's, by its name."""
+    named = functions_named(name) if isinstance(name, str) else ()
+    known = (module == "builtins" or _symbol(module, str(name)) is each for each in named)
+    return any(known)
 
 
-def _pattern(inner: object, longest: int) -> str | None:
-    """Say which regular expression may take for ever, in names of so many letters."""
-    for key in _PATTERNS:
-        given = inner.get(key) if isinstance(inner, dict) else None
-        for pattern in given if isinstance(given, (list, dict)) else [given]:
-            if not isinstance(pattern, str):
-                continue
-            places = longest ** min(len(_QUANTIFIERS.findall(pattern)), 100)
-            if _REPEATED.search(pattern) or places > MOST_PLACES:
-                return f"the pattern {pattern!r} may take for ever"
+def _twice(inner: object) -> str | None:
+    """Say which of a model's layers has another's name: older Kerases look for its calls for ever.
+
+    ``functional_from_config`` in ``keras/src/models/functional.py``.
+    """
+    layers = inner.get("layers") if isinstance(inner, dict) else None
+    seen: set[str] = set()
+    for each in layers if isinstance(layers, list) else ():
+        name = each.get("name") if isinstance(each, dict) and "inbound_nodes" in each else None
+        if isinstance(name, str):
+            if name in seen:
+                return f"two of its layers are named {name!r}"
+            seen.add(name)
     return None
 
 

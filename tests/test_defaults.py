@@ -61,6 +61,25 @@ def test_others_make_theirs_under_the_process_s(monkeypatch):
     assert keras.config.floatx.__code__ is not defaults._hooked.__code__
 
 
+def test_others_change_the_process_s_meanwhile(monkeypatch):
+    """As a model is rebuilt whose floatx is the same as theirs was."""
+    model = zoo.build("trained")
+    message, build = serialize_keras(model), keras.layers.Dense.build
+
+    def build_as_another_sets_floatx(layer, shape):
+        in_another_thread(lambda: keras.config.set_floatx("float64"))
+        build(layer, shape)
+
+    monkeypatch.setattr(keras.layers.Dense, "build", build_as_another_sets_floatx)
+    try:
+        there = deserialize_keras(*message)
+        assert keras.config.floatx() == "float64"
+    finally:
+        keras.config.set_floatx("float32")
+    assert zoo.bits(there) == zoo.bits(model)
+    assert there.optimizer.learning_rate.dtype == "float32"
+
+
 def test_one_rebuild_inside_another():
     def others():
         return in_another_thread(keras.config.floatx)

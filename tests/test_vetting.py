@@ -5,6 +5,7 @@ config rebuilt under Python's audit hooks shows that none of the ways to run cod
 """
 
 import base64
+import copy
 import json
 import marshal
 import pickle
@@ -280,12 +281,60 @@ def test_what_is_not_true_forbids_code(value):
         ("optimizers.Muon", {"exclude_layers": ["(e+)+b"]}),
         ("dtype_policies.DTypePolicyMap", {"policy_map": {"(a+)+b": {}}}),
         ("dtype_policies.DTypePolicyMap", {"policy_map": {"(a+)(?#)+b": {}}}),
-        ("dtype_policies.DTypePolicyMap", {"policy_map": {".*" * 12 + "x": {}}}),
+        ("dtype_policies.DTypePolicyMap", {"policy_map": {".*" * 40 + "x": {}}}),
     ],
 )
 def test_what_takes_for_ever_is_refused(kind, arguments):
     space, _, name = kind.rpartition(".")
     refused(*with_layer(layer(name, f"keras.{space}", **arguments)), "at once|may take for ever")
+
+
+def with_patterns(*patterns, layer="d"):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name=layer)])
+    model.compile("adam", "mse")
+    model.optimizer.build(model.trainable_variables)
+    header, frames = serialize_keras(model)
+    config = json.loads(header["body"]["config"])
+    muon = keras.saving.serialize_keras_object(keras.optimizers.Muon(0.01))
+    muon["config"] |= {"exclude_layers": patterns, "exclude_embeddings": False}
+    config["compile"]["optimizer"] = muon
+    return header, frames, config
+
+
+def with_config(header, config):
+    return header | {"body": header["body"] | {"config": json.dumps(config)}}
+
+
+def test_patterns_in_long_paths_of_variables_are_refused():
+    """Which only the header has."""
+    header, frames, config = with_patterns("a*a*a*b")
+    (row, *rows) = header["variables"]
+    header["variables"] = [["a" * 2000 + "/d/kernel", *row[1:]], *rows]
+    refused(with_config(header, config), frames, "may take for ever")
+
+
+def test_patterns_in_paths_of_nested_names_are_refused():
+    """Which are no longer than each, and say nothing of it."""
+    header, frames, config = with_patterns("a*a*a*b")
+    nested = config["model"]
+    for depth in range(100):
+        nested = {**config["model"], "config": {"name": f"{'a' * 20}{depth}", "layers": [nested]}}
+    refused(with_config(header, config | {"model": nested}), frames, "may take for ever")
+
+
+@pytest.mark.parametrize("patterns", [["a*a*a*a*b"] * 150, [f"x{i}" for i in range(20_000)]])
+def test_many_patterns_are_refused(patterns):
+    header, frames, config = with_patterns(*patterns, layer="a" * 99)
+    refused(with_config(header, config), frames, "may take for ever")
+
+
+def test_two_layers_of_one_name_are_refused():
+    """Keras 3.11 never ends with them."""
+    header, frames = serialize_keras(zoo.functional())
+    config = json.loads(header["body"]["config"])
+    layers = config["model"]["config"]["layers"]
+    layers.insert(1, copy.deepcopy(layers[1]))
+    refused(with_config(header, config), frames, "two of its layers are named")
 
 
 def test_patterns_of_users_are_taken():

@@ -244,6 +244,27 @@ def vocabulary() -> keras.Model:
     return keras.Model(inputs, layers.Dense(2)(layers.Embedding(20, 3)(vectorize(inputs))))
 
 
+def numbers_of_numpy() -> keras.Model:
+    inputs = keras.Input((WIDTH,))
+    # a number of Python's would take int8, and flow over
+    return keras.Model(inputs, keras.ops.cast(inputs, "int8") + np.int32(300))
+
+
+def function_of_an_operation() -> keras.Model:
+    inputs = keras.Input((WIDTH,))
+    return keras.Model(inputs, keras.ops.vectorized_map(keras.ops.sin, inputs))
+
+
+def words_in_bytes() -> keras.Model:
+    inputs = keras.Input((), dtype="string")
+    return keras.Model(inputs, layers.StringLookup(vocabulary=[b"b", b"a"])(inputs))
+
+
+def with_weights_of_labels() -> keras.Model:
+    metric = keras.metrics.AUC(multi_label=True, num_labels=1, label_weights=[0.3])
+    return trained(mlp(1, "sigmoid"), "mse", "binary", (metric,))
+
+
 def thawed() -> keras.Model:
     model = mlp()
     model.trainable = False
@@ -516,6 +537,10 @@ BY_VALUE: dict[str, Callable[[], keras.Model]] = {
         [layers.Dense(WIDTH, kernel_initializer=keras.initializers.Identity(gain=3.0))]
     ),
     "masking set": masking_set,
+    "a number of NumPy's": numbers_of_numpy,
+    "function of an operation": function_of_an_operation,
+    "words in bytes": words_in_bytes,
+    "trained with weights of labels": with_weights_of_labels,
     "trained under float64": lambda: made_under("float64", "float64"),
     "R2Score": lambda: trained(mlp(1, None), "mse", "binary", (keras.metrics.R2Score(),)),
     "same metric twice": same_metric_twice,
@@ -540,6 +565,7 @@ BY_VALUE: dict[str, Callable[[], keras.Model]] = {
 #: Layers of words keep their tables in TensorFlow whatever the backend; variables of
 #: strings are of its backend.
 IN_TENSORFLOW = {"vocabulary", "words", "word counts", "document frequencies", "strings"}
+IN_TENSORFLOW |= {"words in bytes"}
 #: JAX keeps 64 bits in 32, with a warning, unless told otherwise.
 NOT_HERE = {"tensorflow": set[str](), "torch": IN_TENSORFLOW}.get(
     keras.backend.backend(), IN_TENSORFLOW | {"trained under float64"}
