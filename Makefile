@@ -31,7 +31,8 @@ VERSIONS_BACKENDS ?= tensorflow jax torch
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(BACKEND_EXTRA)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
-UV := $(BIN)/python -m uv pip install --quiet --python $(BIN)/python --resolution $(RESOLUTION)
+# pip compiles what it installs, and a test sees what is compiled later
+UV := $(BIN)/python -m uv pip install --quiet --compile-bytecode --python $(BIN)/python --resolution $(RESOLUTION)
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 # the backend that was installed, whatever a keras.json in the home folder says

@@ -51,7 +51,7 @@ def loss_by_config(
         return f"{type(model).__qualname__} is a subclass of Model, with Python state of its own"
     foreign = (None if _only_keras(text) else _foreign(config)) or _foreign([compile_config])
     if foreign:
-        return f"{foreign} is not Keras's own"
+        return foreign
     layers = list(private.flatten_layers(model))
     policies = (each.dtype_policy for each in layers if isinstance(each, keras.Model))
     if any(policy != model.dtype_policy for policy in policies):
@@ -95,17 +95,20 @@ def _only_keras(text: str) -> bool:
     """
     ours, own_names = (sum(1 for _ in each.finditer(text)) for each in (_OF_KERAS, _OWN_NAMES))
     named, registered = (text.count(f'"{key}": ') for key in ("class_name", "registered_name"))
-    return 0 < named == ours and registered == own_names
+    asks_much = _NUMBERED.search(text) is not None
+    return 0 < named == ours and registered == own_names and not asks_much
 
 
 _OF_KERAS = re.compile(
     r'''"module": "keras(?:\.\w+)*", "class_name": "[A-Za-z]|"class_name": "__keras_tensor__"'''
 )
+#: Arguments that receivers look at, of five figures or more; see :func:`vetting.argument`.
+_NUMBERED = re.compile(rf'"(?:{"|".join(vetting.COUNTS)})": \d{{5}}')
 _OWN_NAMES = re.compile(r'"registered_name": (?:null|"Functional"|"Sequential")')
 
 
 def _foreign(config: Any) -> str | None:
-    """Name a class in a config that is not Keras's own."""
+    """Say what in a config is not Keras's own, or asks for more than receivers take of one."""
     waiting = [config]
     while waiting:
         node = waiting.pop()
@@ -113,13 +116,13 @@ def _foreign(config: Any) -> str | None:
             name = node.get("class_name")
             if name is not None and "config" in node:
                 if name == "__lambda__":
-                    return "a lambda"
+                    return "a lambda is not Keras's own"
                 if name == "function" and not vetting.finds_function(
                     node.get("module"), node["config"]
                 ):
-                    return f"function {node['config']!r}"
+                    return f"function {node['config']!r} is not Keras's own"
                 if name == "__bytes__":
-                    return "a name in bytes"  # lookups are not told that they are
+                    return "a name in bytes is not a config's"  # lookups are not told that they are
                 registered = node.get("registered_name")
                 own = vetting.of_keras(node.get("module")) and registered in (None, "", name)
                 if (
@@ -127,7 +130,9 @@ def _foreign(config: Any) -> str | None:
                     and not str(name).startswith("__")
                     and not (own or vetting.is_listed(node.get("module")))
                 ):
-                    return f"class {name!r}"
+                    return f"class {name!r} is not Keras's own"
+                if much := vetting.argument(str(name), node["config"]):
+                    return much
             node = node.values()
         waiting += [each for each in node if isinstance(each, (dict, list, tuple))]
     return None

@@ -104,6 +104,9 @@ def _value_lost(layer: keras.Layer) -> str | None:
     for name, value in vars(layer).items():
         sort = kind(value.__class__)
         if sort == "plain":
+            # as an argument of a call, see below; in float32 it is the same
+            if isinstance(value, np.floating) and layer.compute_dtype != "float32":
+                return f"{name}, a number of NumPy's,"
             continue
         if sort == "function":
             if name not in private.WRAPPED and not keras_finds(value):
@@ -129,7 +132,8 @@ def _structure_lost(layer: keras.Layer) -> str | None:
     """Name what of a functional model's nest holds tuples, which a config makes lists.
 
     Or that it is called on a number of NumPy's, which a config makes one of Python's: that takes
-    the dtype of what it is added to.
+    the dtype of what it is added to. Or on an array without numbers, whose shape a list does not
+    tell.
     """
     for name in ("_inputs_struct", "_outputs_struct"):
         waiting = [vars(layer).get(name)]
@@ -141,8 +145,12 @@ def _structure_lost(layer: keras.Layer) -> str | None:
                 waiting += value.values() if isinstance(value, dict) else value
     for _, node in private.nodes(private.function_of(layer)):
         for value in keras.tree.flatten((node.arguments.args, node.arguments.kwargs)):
+            if isinstance(value, keras.KerasTensor):
+                continue
             if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and not value.ndim):
                 return f"{value.dtype} number"
+            if 0 in tuple(getattr(value, "shape", ()))[:-1]:
+                return "empty array"
     return None
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import keras
 from dask import config as dask_config
 
-from dask_keras_serialize import patterns, skew
+from dask_keras_serialize import names, skew
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.header import FORMAT, ITEMSIZE, Header
 from dask_keras_serialize.layerwise import NEVER_BY_CONFIG
@@ -38,13 +38,13 @@ _OWN_NAMES = (None, "Functional", "Sequential")
 _FILES = ("vocabulary", "idf_weights")
 
 #: Arguments that say how many tensors, thresholds, n-grams, copies are made, of whatever is sent.
-_COUNTS = ("indices_or_sections", "num", "num_thresholds", "ngrams", "n", "num_oov_indices")
+COUNTS = ("indices_or_sections", "num", "num_thresholds", "ngrams", "n", "num_oov_indices")
 
 #: What ``keras.config.set_floatx`` takes.
 _FLOATX = ("bfloat16", "float16", "float32", "float64")
 
-#: More tensors no operation makes; building that many takes a second.
-MOST_TENSORS = 10_000
+#: More tensors no operation makes; building that many takes a second. Nor all together so many.
+MOST_TENSORS, MOST_ASKED = 10_000, 200_000
 
 
 class Vetted(NamedTuple):
@@ -102,18 +102,22 @@ def read(text: Any, header: Header) -> Vetted:
         if not isinstance(config, dict) or not fits(config.get(key, ...)):
             raise DecodeError(f"{problem}, it is malformed at {key!r}; send it again")
     classes: dict[str, type] = {}
+    tensors: dict[int, bool] = {}
+    asked: float = 0
     # the user's own last: to look at them may be to import them
     named.sort(key=lambda node: is_listed(node.get("module")))
     is_newer = skew.is_newer(header)
     ending = f"; {skew.named(header)}" if is_newer else ""
-    if reason := patterns.too_costly(config, named, header):
+    if reason := names.too_costly(config, named, header):
         raise DecodeError(f"{problem}: {reason}{ending}")
     for node in named:
         try:
-            reason = _refusal(node, classes) or _twice(node["config"])
+            reason = _refusal(node, classes, tensors) or names.twice(node["config"])
+            asked += _asked(node["config"])
         except RecursionError as error:
             raise DecodeError(f"{problem}, it is malformed: {error!r}; send it again") from None
-        if reason:
+        if reason or asked > MOST_ASKED:
+            reason = reason or f"its arguments ask for more than {MOST_ASKED} together"
             raise DecodeError(f"{problem}: {reason}{ending}")
         if is_newer and isinstance(node["config"], dict):
             cls = _symbol(node.get("module"), node["class_name"])
@@ -140,7 +144,9 @@ def of_keras(module: object) -> bool:
     return isinstance(module, str) and f"{module}.".startswith("keras.")
 
 
-def _refusal(node: dict[str, Any], classes: dict[str, type]) -> str | None:
+def _refusal(
+    node: dict[str, Any], classes: dict[str, type], tensors: dict[int, bool]
+) -> str | None:
     """Say why what a node of a config names must not be built; collect the user's classes."""
     name, module, inner = node["class_name"], node.get("module"), node["config"]
     registered = node.get("registered_name")
@@ -157,10 +163,10 @@ def _refusal(node: dict[str, Any], classes: dict[str, type]) -> str | None:
         return None if known else f"the function {inner!r} of {module!r} is not Keras's own"
     if name.startswith("__"):
         return f"it holds a {name.strip('_')}, which is code"
-    if not _calls_with_tensors(node):
+    if not _calls_with_tensors(node, tensors):
         return f"{name!r} is called without a tensor of the model's"
     if is_listed(module):
-        return _user_class(str(module), name, registered, classes) or _argument(name, inner)
+        return _user_class(str(module), name, registered, classes) or argument(name, inner)
     cls = _symbol(module, name)
     kinds = (*_KINDS, keras.dtype_policies.DTypePolicyMap)
     if not isinstance(cls, type) or not issubclass(cls, kinds) or not of_keras(cls.__module__):
@@ -172,20 +178,26 @@ def _refusal(node: dict[str, Any], classes: dict[str, type]) -> str | None:
         return f"{name!r} is registered as {registered!r}"
     if issubclass(cls, _HOLDING_CODE):
         return f"{name} holds code"
-    return _argument(name, inner)
+    return argument(name, inner)
 
 
-def _argument(name: str, inner: object) -> str | None:
+def argument(name: str, inner: object) -> str | None:
     """Say which argument of a class asks for more than there is, and how."""
     if not isinstance(inner, dict):
         return None
     for key in _FILES:
         if isinstance(inner.get(key), str):
             return f"{key} of {name} is a file of another machine"
-    for key in _COUNTS:
+    for key in COUNTS:
         if isinstance(inner.get(key), int | float) and inner[key] > MOST_TENSORS:
             return f"{key} of {name} asks for {inner[key]} at once"
     return None
+
+
+def _asked(inner: object) -> float:
+    """Return how many tensors, thresholds and so on an object's arguments ask for together."""
+    given = [inner.get(key) for key in COUNTS] if isinstance(inner, dict) else []
+    return sum(each for each in given if isinstance(each, int | float) and 0 < each <= MOST_TENSORS)
 
 
 def finds_function(module: object, name: object) -> bool:
@@ -195,33 +207,21 @@ def finds_function(module: object, name: object) -> bool:
     return any(known)
 
 
-def _twice(inner: object) -> str | None:
-    """Say which of a model's layers has another's name: older Kerases look for its calls for ever.
-
-    ``functional_from_config`` in ``keras/src/models/functional.py``.
-    """
-    layers = inner.get("layers") if isinstance(inner, dict) else None
-    seen: set[str] = set()
-    for each in layers if isinstance(layers, list) else ():
-        name = each.get("name") if isinstance(each, dict) and "inbound_nodes" in each else None
-        if isinstance(name, str):
-            if name in seen:
-                return f"two of its layers are named {name!r}"
-            seen.add(name)
-    return None
-
-
-def _calls_with_tensors(node: dict[str, Any]) -> bool:
+def _calls_with_tensors(node: dict[str, Any], known: dict[int, bool]) -> bool:
     """Say whether all calls of a layer are on tensors of the model, and so compute nothing yet."""
     calls = node.get("inbound_nodes") or []
-    return isinstance(calls, list) and all(_has_tensor(call) for call in calls)
+    return isinstance(calls, list) and all(_has_tensor(call, known) for call in calls)
 
 
-def _has_tensor(value: object) -> bool:
-    if isinstance(value, dict):
-        found = value.get("class_name") == "__keras_tensor__"
-        return found or any(map(_has_tensor, value.values()))
-    return isinstance(value, list) and any(map(_has_tensor, value))
+def _has_tensor(value: object, known: dict[int, bool]) -> bool:
+    """Say whether a tensor is in a part of the config; ``known``, by id, of those asked before."""
+    if not isinstance(value, (dict, list)):
+        return False
+    if id(value) not in known:
+        parts = value.values() if isinstance(value, dict) else value
+        found = isinstance(value, dict) and value.get("class_name") == "__keras_tensor__"
+        known[id(value)] = found or any(_has_tensor(each, known) for each in parts)
+    return known[id(value)]
 
 
 def _user_class(

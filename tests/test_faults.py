@@ -57,8 +57,12 @@ def checksum(model):
     """Sum a model's numbers where they lie: the same wherever it is whole."""
     from dask_keras_serialize import backends  # not a global: a scheduler unpickles this
 
+    def array(variable):
+        value = variable.value  # on torch a view copies memory that was received
+        return value.detach().numpy() if hasattr(value, "detach") else view(variable)
+
     view = backends.current()[1].view
-    return [(v.path.rpartition("/")[2], float(view(v).sum(dtype="f8"))) for v in model.variables]
+    return [(v.path.rpartition("/")[2], float(array(v).sum(dtype="f8"))) for v in model.variables]
 
 
 class Cluster:

@@ -32,7 +32,7 @@ FLOORS = [
     {"layerwise", "mending"},
     {"shells"},
     {"binding"},
-    {"private", "likeness", "parts", "blame", "aside", "skew", "hooks", "defaults", "patterns"},
+    {"private", "likeness", "parts", "blame", "aside", "skew", "hooks", "defaults", "names"},
     {"backends.tensorflow", "backends.jax", "backends.torch"},
     {"backends.tensorflow_objects", "backends.jax_trainer", "backends.torch_objects"},
     {"devices.tensorflow", "devices.jax", "devices.torch"},

@@ -15,8 +15,10 @@ import textwrap
 
 import dask
 import keras
+import numpy as np
 import pytest
 
+from dask_keras_serialize import vetting
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
 from tests import zoo
@@ -279,6 +281,8 @@ def test_what_is_not_true_forbids_code(value):
         ("layers.TextVectorization", {"ngrams": 10**9}),
         ("layers.StringLookup", {"vocabulary": ["a"], "num_oov_indices": 10**9}),
         ("optimizers.Muon", {"exclude_layers": ["(e+)+b"]}),
+        ("optimizers.Muon", {"exclude_layers": ["(a|aa)" * 26 + "!"]}),
+        ("optimizers.Muon", {"exclude_layers": [r"(e*)\1\1\1b"]}),
         ("dtype_policies.DTypePolicyMap", {"policy_map": {"(a+)+b": {}}}),
         ("dtype_policies.DTypePolicyMap", {"policy_map": {"(a+)(?#)+b": {}}}),
         ("dtype_policies.DTypePolicyMap", {"policy_map": {".*" * 40 + "x": {}}}),
@@ -326,6 +330,84 @@ def test_patterns_in_paths_of_nested_names_are_refused():
 def test_many_patterns_are_refused(patterns):
     header, frames, config = with_patterns(*patterns, layer="a" * 99)
     refused(with_config(header, config), frames, "may take for ever")
+
+
+def test_means_as_wide_as_an_input_are_refused():
+    """They are no variables: 700 bytes took a GiB."""
+    wide = layer("Normalization", mean=0.0, variance=1.0, axis=-1)
+    wide["build_config"] = {"input_shape": [None, 150_000_000]}
+    refused(*with_layer(wide), "a mean for each of 150000000 features")
+
+
+def test_names_that_make_long_paths_are_refused():
+    """Each of the innermost layers keeps a path of all that it is in: 600 kB took 800 MB."""
+    node = layer("Sequential", "keras", name="x", layers=[])
+    node["config"]["layers"] = [layer("Flatten", name=f"f{i}") for i in range(800)]
+    for _ in range(5):
+        node = layer("Sequential", "keras", name="x" * 100_000, layers=[node])
+    refused(*with_layer(node), "make paths of [0-9]* letters")
+
+
+def test_arguments_that_ask_for_much_together_are_refused():
+    header, frames = serialize_keras(zoo.functional())
+    config = json.loads(header["body"]["config"])
+    much = [layer("TextVectorization", ngrams=10_000, name=f"t{i}") for i in range(30)]
+    config["model"]["config"]["layers"] += much
+    refused(with_config(header, config), frames, "more than 200000 together")
+
+
+def test_a_nest_is_read_once():
+    """For tensors, in layers that are called on layers: each level read all below it again."""
+    tensor = {"class_name": "__keras_tensor__", "config": {}}
+    config = {"class_name": "Flatten", "config": {}, "inbound_nodes": [[0, tensor]]}
+    for _ in range(60):
+        config = {"class_name": "Flatten", "config": {}, "inbound_nodes": [[0, config]]}
+    known: dict[int, bool] = {}
+    asked = []
+
+    class Counted(dict):
+        def values(self):
+            asked.append(self)
+            return super().values()
+
+    def counted(value):
+        if isinstance(value, dict):
+            return Counted({key: counted(each) for key, each in value.items()})
+        return [counted(each) for each in value] if isinstance(value, list) else value
+
+    config = counted(config)
+    nested = config
+    while "inbound_nodes" in nested:
+        assert vetting._calls_with_tensors(nested, known)
+        nested = nested["inbound_nodes"][0][1]
+    assert len({id(each) for each in asked}) == len(asked)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda inputs: keras.layers.RepeatVector(20_000)(inputs),
+        lambda inputs: keras.ops.concatenate([inputs, np.zeros((0, 3), "float32")], axis=0),
+        lambda inputs: keras.layers.LeakyReLU(np.float32(0.3), dtype="float16")(inputs),
+    ],
+)
+def test_what_receivers_refuse_or_change_goes_by_value(make):
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, make(inputs))
+    header, frames = serialize_keras(model)
+    assert header["encoding"] == "value"
+    rows = np.arange(6, dtype="float32").reshape(2, 3) - 2
+    ours, theirs = (each(rows) for each in (model, deserialize_keras(header, frames)))
+    assert ours.dtype == theirs.dtype
+    assert np.array_equal(*map(keras.ops.convert_to_numpy, (ours, theirs)))
+
+
+def test_metrics_of_many_thresholds_go_by_value():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, "sigmoid")])
+    model.compile("sgd", "mse", metrics=[keras.metrics.AUC(num_thresholds=20_000)])
+    header, frames = serialize_keras(model)
+    assert header["encoding"] == "value"
+    assert zoo.bits(deserialize_keras(header, frames)) == zoo.bits(model)
 
 
 def test_two_layers_of_one_name_are_refused():

@@ -1,0 +1,101 @@
+"""Names in configs, and regular expressions that Keras looks for in them: what both may cost.
+
+Every layer keeps a path of the names that it is in. Some arguments are patterns, which a config may
+thus have Keras look for in every name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from dask_keras_serialize.header import Header
+
+#: Arguments, lists or the keys of a dict, that Keras takes for regular expressions; groups that are
+#: repeated, have extensions or are referred to, which make some of them take for ever; and what
+#: repeats a part: each of those may try every place in a name.
+_ARGUMENTS, _REPEATED = ("exclude_layers", "policy_map"), re.compile(r"\)\s*[*+?{]|\(\?|\\[1-9]")
+_QUANTIFIERS, MOST_PLACES = re.compile(r"[*+?{]"), 10**9
+
+#: Letters of all paths: honest ones have some hundred each.
+MOST_LETTERS = 3 * 10**7
+
+#: What it costs to look for a pattern at all, as if it were so many places; for one that ``re``
+#: compiles each time, as it does where there are more than it remembers.
+_CALL, _COMPILED = 500, 50_000
+
+
+def too_costly(config: dict[str, Any], named: list[dict[str, Any]], header: Header) -> str | None:
+    """Say which names or regular expressions may take all memory, or for ever.
+
+    Patterns are looked for in names of layers, their paths and variables'. An optimizer looks for
+    all of its own in those of all variables; a map of policies is asked for one after the other.
+    """
+    configs = [node["config"] for node in named if isinstance(node["config"], dict)]
+    paths = [*config["paths"], *(entry.path for entry in header.variables)]
+    known = [each for each in (*(c.get("name") for c in configs), *paths) if isinstance(each, str)]
+    longest, letters = _paths(config)
+    if letters > MOST_LETTERS:
+        return f"the names of its layers, one in the other, make paths of {letters} letters"
+    longest = max(longest, *map(len, known), 0)
+    spent, most_of_maps = 0, 0
+    for inner in configs:
+        for key in _ARGUMENTS:
+            given = inner.get(key)
+            patterns = list(given) if isinstance(given, (list, dict)) else [given]
+            of_these = 0
+            for pattern in (each for each in patterns if isinstance(each, str)):
+                if _REPEATED.search(pattern):
+                    return f"the pattern {pattern!r} may take for ever"
+                parts = min(len(_QUANTIFIERS.findall(pattern)), 100)
+                # each part may end anywhere behind the one before, or where that does
+                places = math.comb(longest + parts + 1, parts + 1) * _ways(pattern)
+                of_these += places + (_COMPILED if len(patterns) > 256 else _CALL)
+            if key == "policy_map":
+                most_of_maps = max(most_of_maps, of_these)
+            else:
+                spent += of_these
+            if (spent + most_of_maps) * len(known) > MOST_PLACES:
+                return f"the patterns of {key!r}, {str(given)[:60]!r}, may take for ever"
+    return None
+
+
+def twice(inner: object) -> str | None:
+    """Say which of a model's layers has another's name: older Kerases look for its calls for ever.
+
+    ``functional_from_config`` in ``keras/src/models/functional.py``.
+    """
+    layers = inner.get("layers") if isinstance(inner, dict) else None
+    seen: set[str] = set()
+    for each in layers if isinstance(layers, list) else ():
+        name = each.get("name") if isinstance(each, dict) and "inbound_nodes" in each else None
+        if isinstance(name, str):
+            if name in seen:
+                return f"two of its layers are named {name!r}"
+            seen.add(name)
+    return None
+
+
+def _ways(pattern: str) -> int:
+    """Return in how many ways a pattern's alternatives may be chosen, at most."""
+    bars = pattern.count("|")
+    # those in groups combine, with each other and in one group after the other
+    return 2 ** min(bars, 100) if "(" in pattern else 1 + bars
+
+
+def _paths(config: dict[str, Any]) -> tuple[int, int]:
+    """Return the letters of the longest path that names of objects in objects make, and of all."""
+    longest = letters = 0
+    waiting: list[tuple[Any, int]] = [(config, 0)]
+    while waiting:
+        value, before = waiting.pop()
+        if isinstance(value, dict):
+            inner = value.get("config")
+            name = inner.get("name") if isinstance(inner, dict) else None
+            before += len(name) + 1 if isinstance(name, str) else 0
+            letters += before if name else 0
+            longest = max(longest, before)
+        parts = value.values() if isinstance(value, dict) else value
+        waiting += [(each, before) for each in parts if isinstance(each, (dict, list))]
+    return longest, letters
