@@ -653,12 +653,17 @@ class Doubled(keras.layers.Dense):
 
 AUDITED = """
     import pickle, sys, sysconfig, tempfile
+    from importlib.util import find_spec
     from pathlib import Path
 
     import dask
     import keras
     import dask_keras_serialize.protocol  # with all that opening a model takes
     from dask_keras_serialize.handlers import deserialize_keras
+
+    # whatever the backend, Keras imports it for layers that preprocess, where it is installed
+    if find_spec("tensorflow"):
+        import tensorflow
 
     *sent, by_value = pickle.loads(Path(sys.argv[1]).read_bytes())
     dask.config.set({"dask-keras-serialize.by-value": False})
@@ -677,14 +682,16 @@ AUDITED = """
 
     def note(event, arguments):
         if event in RUN:
-            what = getattr(arguments[0], "co_filename", arguments[0]) if arguments else None
+            # a code's file: torch names the functions that it wraps anew, when Keras imports them
+            (what, *_) = arguments[event == "code.__new__" :] or [None]
+            what = getattr(what, "co_filename", what)
             events.append((event, str(what)[:200]))
 
     def is_of_a_first(event, what):
         match event:
             case "import":
                 return what.partition(".")[0] in ROOTS
-            case "open" | "exec" | "os.listdir":
+            case "open" | "exec" | "os.listdir" | "code.__new__":
                 return what.startswith(FOLDERS)
             case _:
                 return event == "marshal.loads"  # of a module in those folders
