@@ -112,8 +112,13 @@ def _value_lost(layer: keras.Layer) -> str | None:
             if name not in private.WRAPPED and not keras_finds(value):
                 return str(name)
             continue
-        # seed generators are sent beside the config; until Keras 3.14 theirs had no name
-        if not isinstance(value, keras.random.SeedGenerator) and (lost := argument_lost(value)):
+        if isinstance(value, keras.random.SeedGenerator):
+            # its state is sent beside the config; but on torch dropout asks whether it was given a
+            # seed (``keras/src/backend/torch/random.py``), which Keras 3.11's attention forgets
+            seeded = getattr(layer, "dropout", 0) and value.get_config()["seed"] is not None
+            if seeded and "seed" not in layer.get_config():
+                return f"{name}.seed"
+        elif lost := argument_lost(value):
             return f"{name}.{lost}"
         if isinstance(value, keras.Initializer) and not isinstance(
             getattr(value, "seed", 0), (int, type(None))
