@@ -163,17 +163,21 @@ def numbers(model):
     return [float(np.asarray(variable)[-1]) for variable in model.variables]
 
 
+# On torch memory that was received cannot be watched for changes: it is copied to be sent on
+NEEDED = (20 if keras.backend.backend() == "torch" else 16) * GIBIBYTE
+
+
 @pytest.mark.skipif(
-    psutil.virtual_memory().available < 16 * GIBIBYTE, reason="needs 16 GiB of free memory"
+    psutil.virtual_memory().available < NEEDED, reason=f"needs {NEEDED >> 30} GiB of free memory"
 )
 @pytest.mark.parametrize(
     "client",
-    [{"n_workers": 1, "threads_per_worker": 1, "memory_limit": "14GiB"}],
+    [{"n_workers": 1, "threads_per_worker": 1, "memory_limit": "20GiB"}],  # 14 before it spills
     indirect=True,
     ids=["1x1"],
 )
 def test_six_gibibytes(client):
-    """To a worker, and back; each process has the model once, and nothing more."""
+    """To a worker, and back: until it goes back each process has it once, and nothing more."""
     model = dense(6 * GIBIBYTE)
     sums = checksum(model)
     held = client.scatter(model, direct=True, hash=False)
