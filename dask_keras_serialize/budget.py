@@ -18,6 +18,7 @@ from typing import Any
 import keras
 
 from dask_keras_serialize.errors import DecodeError
+from dask_keras_serialize.header import MOST_AXES
 from dask_keras_serialize.hooks import in_this_thread
 
 #: Of a config; more of each object that is named in it. Honest models take two or three each.
@@ -40,15 +41,20 @@ def counted(most: int, owner: str) -> Iterator[None]:
     """
     made = features = 0
 
-    def count(original: Any, *arguments: Any, **keywords: Any) -> None:
+    def count(original: Any, tensor: Any, shape: Any, *arguments: Any, **keywords: Any) -> None:
         nonlocal made
         made += 1
+        if isinstance(shape, list | tuple) and len(shape) > MOST_AXES:
+            raise DecodeError(
+                f"{owner}: its config has a tensor of {len(shape)} axes, not more than "
+                f"{MOST_AXES} of which any array has; send it again"
+            )
         if made > most:
             raise DecodeError(
                 f"{owner}: its config asks for more than {most} symbolic tensors, for more "
                 "than it names; send it by value, or in parts"
             )
-        original(*arguments, **keywords)
+        original(tensor, shape, *arguments, **keywords)
 
     def keep(original: Any, layer: Any, input_shape: Any, **keywords: Any) -> None:
         nonlocal features

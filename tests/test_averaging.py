@@ -40,8 +40,15 @@ def code_travels_by_value():
 
 @pytest.fixture(scope="module")
 def mortals():
-    """Two workers of two threads that nannies start again when they are killed."""
-    with local_client(threads=2) as client:
+    """Two workers of two threads that nannies start again when they are killed.
+
+    A cluster closes the nanny of a worker that is not there so many seconds after it went, and asks
+    no more whether that was the second time (``SpecCluster._update_worker_status``).
+    """
+    with (
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "1 hour"}),
+        local_client(threads=2) as client,
+    ):
         yield client
 
 
