@@ -16,9 +16,10 @@ from importlib import import_module
 from typing import Any
 
 from dask_keras_serialize.errors import BusyError
+from dask_keras_serialize.turns import Turn
 
 #: Held while Keras's source of random numbers is ours, which is for all of a rebuild.
-LOCK = threading.RLock()
+LOCK = Turn()
 
 #: Seconds that a thread waits for it, and an event loop, without which whoever holds the lock may
 #: be unable to go on: what is rebuilt is anybody's code, and may ask a cluster for something.
@@ -57,8 +58,8 @@ def own_random() -> Iterator[None]:
         except (ImportError, AttributeError):
             yield
             return
-        seed_generator.python_random = _Draws(original)
         try:
+            seed_generator.python_random = _Draws(original)
             yield
         finally:
             seed_generator.python_random = original
@@ -72,15 +73,14 @@ def _locked() -> Iterator[None]:
         patience = PATIENCE_OF_A_LOOP
     except RuntimeError:
         patience = PATIENCE
-    if not LOCK.acquire(timeout=patience):
-        raise BusyError(
-            f"another thread of this process has been rebuilding a Keras object for {patience:.0f} "
-            "s: if its code asks the cluster for something as it is rebuilt, let it do that later"
-        )
-    try:
+    with LOCK.held(patience) as ours:
+        if not ours:
+            raise BusyError(
+                "another thread of this process has been rebuilding a Keras object for "
+                f"{patience:.0f} s: if its code asks the cluster for something as it is rebuilt, "
+                "let it do that later"
+            )
         yield
-    finally:
-        LOCK.release()
 
 
 class _Draws:

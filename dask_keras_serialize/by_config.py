@@ -121,8 +121,8 @@ def _uncopied() -> Iterator[None]:
     if getattr(module, "copy", None) is not copy:  # moved, or another thread is packing
         yield
         return
-    module.copy = _Copies()
     try:
+        module.copy = _Copies()
         yield
     finally:
         module.copy = copy

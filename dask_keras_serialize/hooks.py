@@ -38,11 +38,11 @@ def in_this_thread(cls: type, name: str, instead: Callable[..., Any]) -> Iterato
             return instead(original, *arguments, **keywords)
         return original(*arguments, **keywords)
 
-    setattr(cls, name, classmethod(method) if isinstance(whole, classmethod) else method)
-    try:
+    try:  # from here on: an interrupt may come as soon as it is set
+        setattr(cls, name, classmethod(method) if isinstance(whole, classmethod) else method)
         yield
     finally:
-        if inherited:
-            delattr(cls, name)
-        else:
+        if not inherited:
             setattr(cls, name, whole)
+        elif name in vars(cls):
+            delattr(cls, name)

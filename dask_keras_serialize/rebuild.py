@@ -138,8 +138,8 @@ def rebuilding() -> Iterator[None]:
 def uncollected() -> Iterator[None]:
     """Let Python's garbage collector wait."""
     collects = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
         if collects:

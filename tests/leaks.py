@@ -62,6 +62,17 @@ def open_files() -> set[str]:
     return found
 
 
+def locks_held() -> list[str]:
+    """Name the locks of this package that a thread has."""
+    jax = sys.modules.get("dask_keras_serialize.backends.jax_trainer")
+    torch = sys.modules.get("dask_keras_serialize.backends.torch")
+    return [
+        *(["the lock of rebuilds"] if aside.LOCK.taken else []),
+        *("the turn of a model" for turn in list(jax.TURNS.values() if jax else ()) if turn.taken),
+        *(["torch's writes"] if torch and "unlocked" not in repr(torch.WRITES) else []),
+    ]
+
+
 def left(before: Standing, seconds: float = 10) -> list[str]:
     """Say what there is more than before, once what ends by itself has had the time for it."""
     deadline = time.monotonic() + seconds
@@ -84,5 +95,5 @@ def _left(before: Standing) -> list[str]:
         *(f"thread {each.name!r}" for each in threads if not any(k in each.name for k in kept)),
         *(f"open {name}" for name in sorted(files)),
         *("a client" for _ in open_clients() - before.clients),
-        *(["the lock of rebuilds"] if "unlocked" not in repr(aside.LOCK) else []),
+        *locks_held(),
     ]

@@ -39,7 +39,7 @@ FLOORS = [
     {"devices"},
     {"backends"},
     {"verdict"},
-    {"header", "strings", "meters", "garbage"},
+    {"header", "strings", "meters", "garbage", "turns"},
     {"fingerprints", "whereabouts"},
     {"frames"},
     {"cuda"},

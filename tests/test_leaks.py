@@ -22,7 +22,7 @@ def test_threads_files_and_locks_are_seen(tmp_path):
     end = threading.Event()
     thread = threading.Thread(target=end.wait, name="left behind")
     thread.start()
-    with (tmp_path / "file").open("w") as file, aside.LOCK:
+    with (tmp_path / "file").open("w") as file, aside.LOCK.held(0):
         found = leaks.left(before, seconds=0)
         assert "thread 'left behind'" in found
         assert any(str(tmp_path / "file") in each for each in found) or not leaks.open_files()

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import keras
+
+from dask_keras_serialize.turns import Turn
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +27,8 @@ _RUNS = ("evaluate", "predict", "test_on_batch", "predict_on_batch")
 _TRAINING = ("fit", "train_on_batch")
 _PURGE = "_purge_model_variables"
 
-#: Locks by the model they are of: one thread at a time runs it.
-_TURNS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+#: By the model: one thread at a time runs it.
+TURNS: WeakKeyDictionary[Any, Turn] = WeakKeyDictionary()
 
 #: Seconds that a thread waits for its turn. Longer ones wait for each other: one goes on, as it
 #: would by Keras alone.
@@ -46,15 +47,10 @@ def _in_turn(original: Any) -> Any:
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        turn = _TURNS.setdefault(self, threading.RLock())
-        mine = turn.acquire(timeout=_PATIENCE)
-        if not mine:
-            logger.warning("%s runs in two threads, each for over %.0f s", self.name, _PATIENCE)
-        try:
+        with TURNS.setdefault(self, Turn()).held(_PATIENCE) as mine:
+            if not mine:
+                logger.warning("%s runs in two threads, each for over %.0f s", self.name, _PATIENCE)
             return run(self, *args, **kwargs)
-        finally:
-            if mine:
-                turn.release()
 
     return method
 

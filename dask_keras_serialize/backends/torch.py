@@ -101,7 +101,7 @@ def _own_view(tensor: torch.Tensor) -> torch.Tensor:
 
     From a GPU it may still be under way: :func:`_wait_for` it.
     """
-    with _WRITES:  # or an update under way in another thread would show, or half of it
+    with WRITES:  # or an update under way in another thread would show, or half of it
         if LAZY and _on_cpu(tensor) and tensor.is_contiguous():
             try:
                 return tensor._lazy_clone()
@@ -122,7 +122,7 @@ def _on_cpu(tensor: torch.Tensor) -> bool:
 
 
 #: Held by who writes to variables, and who takes a view of one.
-_WRITES = threading.RLock()
+WRITES = threading.RLock()
 
 
 def slots() -> Iterator[tuple[Any, str, Any]]:
@@ -140,7 +140,7 @@ def _writing(original: Any, unless: str = "") -> Any:
 
     @wraps(original)
     def method(*args: Any, **kwargs: Any) -> Any:
-        with _WRITES if kwargs.get(unless) is not False else contextlib.nullcontext():
+        with WRITES if kwargs.get(unless) is not False else contextlib.nullcontext():
             return original(*args, **kwargs)
 
     return method
@@ -255,7 +255,7 @@ def device_frames(variables: Sequence[Any]) -> list[DeviceFrame | None]:
     -----
     Copies: one on the GPU, for training writes to a tensor's memory in place.
     """
-    with _WRITES:
+    with WRITES:
         clones = [_clone(variable.value.detach()) for variable in variables]
     _wait_for([clone for clone in clones if clone is not None])
     return [
