@@ -31,7 +31,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from dask_keras_serialize import backends, private
+from dask_keras_serialize import backends, private, skew
 from dask_keras_serialize.backends import Array
 from dask_keras_serialize.binding import Bindings
 from dask_keras_serialize.blame import culprit, sentence
@@ -102,10 +102,7 @@ def dump(
 
 
 def load(
-    body: dict[str, Any],
-    values: Values,
-    extras: list[Array],
-    links: Sequence[Rebuilt] = (),
+    body: dict[str, Any], values: Values, extras: list[Array], links: Sequence[Rebuilt] = ()
 ) -> Rebuilt:
     """Rebuild an object from what :func:`dump` described. It runs pickle.
 
@@ -141,7 +138,10 @@ def load(
         except ModuleNotFoundError as error:
             raise missing(error, values.header) from error
         except Exception as error:  # unpickling runs anybody's code
-            raise DecodeError(f"{owner}: it cannot be rebuilt by value here: {error!r}") from error
+            raise DecodeError(
+                f"{owner}: it cannot be rebuilt by value here: {error!r}; "
+                f"{skew.named(values.header)}"
+            ) from error
 
 
 class _Dump:

@@ -196,12 +196,8 @@ class Header:
                 "both have the package installed and registered"
             )
         version = wire.get("format-version")
-        if version != FORMAT_VERSION or isinstance(version, bool):
-            raise DecodeError(
-                f"wire format {version!r} cannot be read by {FORMAT} "
-                f"{package_version()}, which reads format {FORMAT_VERSION}; install the "
-                "same version of the package on both sides"
-            )
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise DecodeError(_other_format(wire, version))
         try:
             header = cls._read(wire)
             header.code  # noqa: B018  raises if it is malformed
@@ -234,8 +230,11 @@ class Header:
         )
 
     def _check(self) -> None:
-        swapped = self.byteorder == {"little": "big", "big": "little"}[sys.byteorder]
-        if self.byteorder != sys.byteorder and not (swapped and self.encoding == "config"):
+        if self.byteorder not in ("little", "big"):
+            raise DecodeError(
+                f"{self.owner}: malformed header: unknown byte order {self.byteorder[:40]!r}"
+            )
+        if self.byteorder != sys.byteorder and self.encoding != "config":
             raise DecodeError(
                 f"{self.owner}: sent by value by a {self.byteorder}-endian machine (Python "
                 f"{self.versions.get('python')}, keras {self.versions.get('keras')}), which this "
@@ -300,6 +299,21 @@ def python_version() -> str:
 def minor(version: str) -> list[str]:
     """Return the part of a version that an object by value needs the same: of 3.12.1, 3 and 12."""
     return re.findall(r"\d+", version)[:2]
+
+
+def _other_format(wire: Mapping[str, Any], version: object) -> str:
+    """Say that a header is of a format that cannot be read; nothing in it is checked yet."""
+    owner, versions = wire.get("owner"), wire.get("versions")
+    theirs = versions.get(FORMAT) if isinstance(versions, Mapping) else None
+    named = f"{owner[:200]}: " if isinstance(owner, str) else ""
+    sent = f" by {FORMAT} {theirs[:40]}" if isinstance(theirs, str) else ""
+    plain = isinstance(version, float | str | None) or (type(version) is int and version < 2**64)
+    number = repr(version if plain else type(version))
+    return (
+        f"{named}sent in wire format {number[:40]}{sent}, which {FORMAT} {package_version()} here "
+        f"cannot read: it reads format {FORMAT_VERSION}; install the same version of the package "
+        "on both sides"
+    )
 
 
 def _typed(wire: Mapping[str, Any], key: str, kind: type) -> Any:

@@ -25,6 +25,7 @@ from dask_keras_serialize import (
     garbage,
     meters,
     private,
+    skew,
     states,
     strings,
     templates,
@@ -39,7 +40,6 @@ from dask_keras_serialize.header import (
     Header,
     VariableEntry,
     minor,
-    package_version,
     python_version,
 )
 from dask_keras_serialize.parts import Description, Key, Rebuilt
@@ -160,12 +160,7 @@ def encode_parts(
         name=private.name_of(obj),
         class_name=private.full_name(type(obj)),
         backend=name,
-        versions={
-            "python": python_version(),
-            "keras": keras.version(),
-            name: backend.version(),
-            "dask-keras-serialize": package_version(),
-        },
+        versions=skew.versions(),
         body=body,
         variables=entries,
     )

@@ -15,7 +15,8 @@ from typing import Any
 
 import keras
 
-from dask_keras_serialize.header import Header, minor
+from dask_keras_serialize import backends
+from dask_keras_serialize.header import FORMAT, Header, minor, package_version, python_version
 
 #: Arguments that Keras's classes gained after ``backends.OLDEST_KERAS``, whose default, not None,
 #: is what was so before. Not those of Muon, which computes otherwise since.
@@ -40,12 +41,30 @@ def is_newer(header: Header) -> bool:
     return theirs > here
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of what a header names, here: Python, Keras, its backend, this package."""
+    name, backend = backends.current()
+    return {
+        "python": python_version(),
+        "keras": keras.version(),
+        name: backend.version(),
+        FORMAT: package_version(),
+    }
+
+
 def named(header: Header) -> str:
-    """Name both sides' versions of Keras, and the way out, as the end of an error."""
-    theirs, here = header.versions.get("keras"), keras.version()
-    if theirs == here:
-        return f"both sides run keras {here}: report it with the model's config"
-    return f"it was sent by keras {theirs}, this is keras {here}: use the same on both sides"
+    """Name both sides' versions of all that differs, and the way out, as the end of an error."""
+    here = versions()
+    theirs = {what: header.versions.get(what, "of no version") for what in here}
+    if header.backend in backends.NAMES and header.backend != keras.backend.backend():
+        del here[keras.backend.backend()]
+    differ = [what for what, version in here.items() if theirs[what] != version]
+    if not differ:
+        both = ", ".join(f"{what} {version}" for what, version in here.items())
+        return f"both sides run {both}: report it with the model's config"
+    sent = ", ".join(f"{what} {theirs[what]:.40}" for what in differ)
+    found = ", ".join(f"{what} {here[what]}" for what in differ)
+    return f"it was sent by {sent}, this is {found}: use the same on both sides"
 
 
 def leave_out_unused(cls: type, config: dict[str, Any]) -> None:

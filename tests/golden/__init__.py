@@ -1,6 +1,7 @@
 """Models pickled on each backend, with what they hold and predict: read on every other.
 
-``KERAS_BACKEND=jax python -m tests.golden`` writes those of a backend anew. With ``write FOLDER``
+``KERAS_BACKEND=jax python -m tests.golden`` writes those of a backend anew, and those by value into
+``by-value``, which only the same minor versions of Python and Keras can read. With ``write FOLDER``
 it writes all that can change backend, those by value too; with ``write-all FOLDER`` those as well
 that cannot; and with ``check FOLDER`` it reads all that is there, of every backend, and prints as
 JSON what became of it.
@@ -17,6 +18,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from dask_keras_serialize import skew
 from tests import zoo
 
 FOLDER = Path(__file__).parent
@@ -27,6 +29,8 @@ TOLERANCE = 1e-5
 LASTS = 4
 
 NAMES = ("trained", "trained functional", "trained two outputs", "recurrent", "nested", "adapted")
+
+BY_VALUE = ("trained subclassed", "trained with setstate", "lambda and custom layer")
 
 #: Those that hold what only the backend has where they are made.
 BOUND = {*zoo.IN_TENSORFLOW, "trained under float64", "trained under mixed_float16"}
@@ -90,12 +94,19 @@ def predictions(model: keras.Model, inputs: Any) -> list[Any]:
 
 def write(folder: Path, makers: dict[str, Callable[[], keras.Model]]) -> None:
     """Write the file of this process's backend."""
-    content = {}
+    content: dict[str, Any] = {}
     for name, make in makers.items():
         model = make()
         inputs = inputs_for(model)
         sent = pickle.dumps(model, 5)
         content[name] = sent, inputs, arrays(model), predictions(model, inputs)
+    (folder / f"{keras.backend.backend()}.pickle").write_bytes(pickle.dumps(content, 5))
+
+
+def write_by_value(folder: Path) -> None:
+    """Write the file of what goes by value, with the versions that it was written by."""
+    write(folder, {name: zoo.ALL[name] for name in BY_VALUE})
+    content = read(folder, keras.backend.backend()) | {"versions": skew.versions()}
     (folder / f"{keras.backend.backend()}.pickle").write_bytes(pickle.dumps(content, 5))
 
 
