@@ -42,7 +42,7 @@ def is_newer(header: Header) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what a header names, here: Python, Keras, its backend, this package."""
+    """Return this process's versions of what a header names: Python, Keras, backend, package."""
     name, backend = backends.current()
     return {
         "python": python_version(),

@@ -51,7 +51,7 @@ class Turn:
             if self._owner == me:
                 self._owner = None
             # whether or not ``mine`` could be set: who has not got it is told so
-            try:
+            try:  # not ``suppress``: an interrupt in its own lines would leave the lock held
                 self._lock.release()
-            except RuntimeError:
+            except RuntimeError:  # noqa: SIM105
                 pass

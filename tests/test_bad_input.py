@@ -73,7 +73,11 @@ def changed(header, **changes):
 def test_versions_and_backends(good):
     header, frames = good
     refused(changed(header, format="pickle"), frames, "not a header written by")
-    refused(changed(header, format_version=99), frames, r"sent in wire format 99 by .*cannot read: it reads format 1")
+    refused(
+        changed(header, format_version=99),
+        frames,
+        r"sent in wire format 99 by .*cannot read: it reads format 1",
+    )
     refused(changed(header, backend="abacus"), frames, "unknown backend 'abacus'")
     refused({}, frames, "not a header written by")
 

@@ -116,9 +116,8 @@ def test_a_hook_does_not_stay(inherits, monkeypatch):
     cls = type("Derived", (Base,), {}) if inherits else Base
     before = dict(vars(cls))
     monkeypatch.setattr(Meta, "interrupts", True)
-    with pytest.raises(Interrupt):
-        with in_this_thread(cls, "method", lambda *_: "ours"):
-            pytest.fail("it was interrupted before")
+    with pytest.raises(Interrupt), in_this_thread(cls, "method", lambda *_: "ours"):
+        pytest.fail("it was interrupted before")
     assert dict(vars(cls)) == before
     with in_this_thread(cls, "method", lambda *_: "ours"):
         assert cls().method() == "ours"
@@ -132,7 +131,6 @@ def test_the_collector_does_not_stay_off(monkeypatch):
 
     off = gc.disable
     monkeypatch.setattr(gc, "disable", disable)
-    with pytest.raises(Interrupt):
-        with rebuild.uncollected():
-            pytest.fail("it was interrupted before")
+    with pytest.raises(Interrupt), rebuild.uncollected():
+        pytest.fail("it was interrupted before")
     assert gc.isenabled()

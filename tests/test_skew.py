@@ -295,4 +295,6 @@ def test_errors_of_the_same_versions_say_so():
     config = json.loads(header["body"]["config"])
     config["model"]["config"]["layers"][-1]["config"]["units"] = "many"
     with pytest.raises(DecodeError, match=rf"both sides run .*{FORMAT} .*: report it"):
-        deserialize_keras(header | {"body": header["body"] | {"config": json.dumps(config)}}, frames)
+        deserialize_keras(
+            header | {"body": header["body"] | {"config": json.dumps(config)}}, frames
+        )
