@@ -51,7 +51,8 @@ class Turn:
             if self._owner == me:
                 self._owner = None
             # whether or not ``mine`` could be set: who has not got it is told so
-            try:  # not ``suppress``: an interrupt in its own lines would leave the lock held
+            # not ``suppress``: an interrupt in its own lines would leave the lock held
+            try:  # noqa: SIM105
                 self._lock.release()
-            except RuntimeError:  # noqa: SIM105
+            except RuntimeError:
                 pass
