@@ -21,7 +21,7 @@ from typing import Any
 
 import keras
 
-from dask_keras_serialize import assets, compiled, fidelity, private, skew
+from dask_keras_serialize import assets, compiled, fidelity, names, private, skew
 from dask_keras_serialize.backends import Array
 from dask_keras_serialize.budget import MOST, MOST_OF_ONE, counted
 from dask_keras_serialize.defaults import floatx_in_this_thread, policy_in_this_thread
@@ -74,7 +74,7 @@ def dump(model: keras.Model) -> Description | str:
     if isinstance(trainer, str):
         return trainer
     try:
-        names, extras = assets.read(model)
+        files, extras = assets.read(model)
     except OSError as error:
         return f"its layers' assets cannot be written to a temporary folder: {error}"
     layers = [model, *private.flatten_layers(model)]
@@ -87,14 +87,17 @@ def dump(model: keras.Model) -> Description | str:
         "compile": compiled.for_every_backend(compile_config),
         "trainer": trainer,
         "history": fidelity.history_of(model),
-        "assets": names,
+        "assets": files,
     }
     try:
         text = f'{{"model": {text}, {json.dumps(rest)[1:]}'
     except (TypeError, ValueError) as error:
         return f"its config is not plain data: {error}"
+    variables = variables_of(model)
+    if refused := names.refused(text, (each.path for each in variables)):
+        return refused
     parts = functools.partial(parts_of, model)
-    return Description({"config": text}, variables_of(model), extras, parts, [])
+    return Description({"config": text}, variables, extras, parts, [])
 
 
 class _Copies:

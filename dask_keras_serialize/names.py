@@ -6,11 +6,11 @@ thus have Keras look for in every name.
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
-
-from dask_keras_serialize.header import Header
 
 #: Arguments, lists or the keys of a dict, that Keras takes for regular expressions; groups that are
 #: repeated, have extensions or are referred to, which make some of them take for ever; and what
@@ -26,14 +26,45 @@ MOST_LETTERS = 3 * 10**7
 _CALL, _COMPILED = 500, 50_000
 
 
-def too_costly(config: dict[str, Any], named: list[dict[str, Any]], header: Header) -> str | None:
+def objects(text: Any) -> tuple[Any, list[dict[str, Any]]]:
+    """Return a config that is JSON, and of all its objects what Keras builds each by.
+
+    Raises
+    ------
+    TypeError, ValueError, RecursionError
+        If it is no JSON.
+    """
+    named: list[dict[str, Any]] = []
+
+    def note(node: dict[str, Any]) -> dict[str, Any]:
+        if "class_name" in node and "config" in node:
+            named.append(node)
+        return node
+
+    return json.loads(text, object_hook=note), named
+
+
+def refused(text: str, paths: Iterable[str]) -> str | None:
+    """Say for which pattern in a config who receives it will refuse it, as :func:`too_costly`.
+
+    A model may have been built with such and work: its sender has it go by value then.
+    """
+    if not any(f'"{key}": {opening}"' in text for key in _ARGUMENTS for opening in "[{"):
+        return None
+    return too_costly(*objects(text), paths)
+
+
+def too_costly(
+    config: dict[str, Any], named: list[dict[str, Any]], paths: Iterable[str]
+) -> str | None:
     """Say which names or regular expressions may take all memory, or for ever.
 
-    Patterns are looked for in names of layers, their paths and variables'. An optimizer looks for
-    all of its own in those of all variables; a map of policies is asked for one after the other.
+    Patterns are looked for in names of layers, their paths and variables', which ``paths`` are. An
+    optimizer looks for all of its own in those of all variables; a map of policies is asked for one
+    after the other.
     """
     configs = [node["config"] for node in named if isinstance(node["config"], dict)]
-    paths = [*config["paths"], *(entry.path for entry in header.variables)]
+    paths = [*config["paths"], *paths]
     known = [each for each in (*(c.get("name") for c in configs), *paths) if isinstance(each, str)]
     longest, letters = _paths(config)
     if letters > MOST_LETTERS:

@@ -10,7 +10,6 @@ whoever asks for more is not to be trusted, and gets nothing of what it asked fo
 from __future__ import annotations
 
 import importlib
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -86,16 +85,9 @@ def read(text: Any, header: Header) -> Vetted:
     -----
     Runs nothing; imports nothing but modules that the setting lists.
     """
-    named: list[dict[str, Any]] = []
-
-    def note(node: dict[str, Any]) -> dict[str, Any]:
-        if "class_name" in node and "config" in node:
-            named.append(node)
-        return node
-
     problem = f"{header.owner}: its config cannot be rebuilt here"
     try:
-        config = json.loads(text, object_hook=note)
+        config, named = names.objects(text)
     except (TypeError, ValueError, RecursionError) as error:
         raise DecodeError(f"{problem}, it is malformed: {error!r}; send it again") from None
     for key, fits in _FIELDS.items():
@@ -108,7 +100,7 @@ def read(text: Any, header: Header) -> Vetted:
     named.sort(key=lambda node: is_listed(node.get("module")))
     is_newer = skew.is_newer(header)
     ending = f"; {skew.named(header)}" if is_newer else ""
-    if reason := names.too_costly(config, named, header):
+    if reason := names.too_costly(config, named, (each.path for each in header.variables)):
         raise DecodeError(f"{problem}: {reason}{ending}")
     for node in named:
         try:

@@ -433,6 +433,17 @@ def test_patterns_of_users_are_taken():
     assert [*twin.layers[0].dtype_policy] == [*policies]
 
 
+@pytest.mark.parametrize("patterns", [["(dense_?)+/kernel"], [f"b{i}/.*" for i in range(9_000)]])
+def test_patterns_that_would_be_refused_are_not_sent(patterns):
+    """But the model is, by value: its user built it, and it works."""
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="d")])
+    model.compile(keras.optimizers.Muon(0.01, exclude_layers=patterns), "mse")
+    model.optimizer.build(model.trainable_variables)
+    header, frames = serialize_keras(model)
+    assert header["encoding"] == "value"
+    assert deserialize_keras(header, frames).optimizer.exclude_layers == patterns
+
+
 def called_often(depth, calls=40):
     """Nest models, each called so many times on other batches than it was made for."""
     inner = keras.layers.ReLU()
