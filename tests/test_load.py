@@ -89,14 +89,15 @@ SMALL = {"distributed.worker.memory.target": 0.1, "distributed.worker.memory.spi
     [
         {
             "n_workers": 2,
-            "threads_per_worker": 2,
+            "threads_per_worker": threads,
             "memory_limit": "3GiB",
             "config": SMALL,
             "env": {"TF_ENABLE_ONEDNN_OPTS": "0"},
         }
+        for threads in (2, 8)
     ],
     indirect=True,
-    ids=["2x2"],
+    ids=["2x2", "2x8"],
 )
 def test_models_are_spilled_and_read_back_under_pressure(client):
     """Four times what workers keep in memory goes through them, back and forth."""
@@ -104,8 +105,15 @@ def test_models_are_spilled_and_read_back_under_pressure(client):
     tasks = [client.submit(made, 32 * MEBIBYTE, i, pure=False) for i in range(number)]
     wait(tasks, timeout=300)
     total = checksum(dense(32 * MEBIBYTE))[0][1]
+    x = zoo.X[:2]
+    other = zoo.build("trained")
+    expected = predict(other, x)
     for _ in range(2):
+        # between what is read back, models that are rebuilt and used by the same threads
+        among = [client.submit(predict, other, x, pure=False) for _ in range(number)]
         sums = client.gather([client.submit(checksum, each, pure=False) for each in tasks])
+        for each in client.gather(among):
+            assert_near(each, expected)
         found = [amount / total for ((_, amount),) in sums]
         assert found == pytest.approx(list(range(1, number + 1)), rel=1e-5)
     spilled = client.run(lambda dask_worker: len(dask_worker.data.disk))
