@@ -153,7 +153,10 @@ def cluster(model: Any, workers: int, protocol_name: str) -> dict[str, float]:
     x = np.random.default_rng(0).normal(size=(8, *model.input_shape[1:])).astype("float32")
     with (
         LocalCluster(
-            workers, threads_per_worker=1, protocol=protocol_name, dashboard_address=":0"
+            n_workers=workers,
+            threads_per_worker=1,
+            protocol=protocol_name,
+            dashboard_address=":0",
         ) as local,
         Client(local) as client,
     ):
@@ -190,18 +193,20 @@ def main() -> None:
     said = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
     cards = said.strip().splitlines()
     rows = []
-    for workload in (cases.RESNET, cases.DENSE):
-        model = cases.build(workload, settings)
-        nbytes = protocol.nbytes(model)
-        times = moves(model, arguments.repetitions)
-        if workload == cases.RESNET:
-            times |= cluster(model, arguments.workers, "tcp")
-            if find_spec("distributed_ucxx"):
-                times |= cluster(model, 2, "ucxx")
+
+    def report(workload: str, nbytes: int, times: dict[str, float]) -> None:
         for what, took in times.items():
             rows.append({"model": workload, "bytes": nbytes, "what": what, "seconds": took})
             speed = nbytes / took / 1e9
             print(f"{workload:10} {what:45} {1e3 * took:9.2f} ms {speed:8.2f} GB/s", flush=True)
+
+    for workload in (cases.DENSE, cases.RESNET):
+        model = cases.build(workload, settings)
+        nbytes = protocol.nbytes(model)
+        report(workload, nbytes, moves(model, arguments.repetitions))
+    report(workload, nbytes, cluster(model, arguments.workers, "tcp"))
+    if find_spec("distributed_ucxx"):
+        report(workload, nbytes, cluster(model, 2, "ucxx"))
     result = {"devices": cards, "used": gpus, **cases.environment(), "rows": rows}
     path = Path(__file__).with_name(f"gpu-{NAME}.json")
     path.write_text(json.dumps(result, indent=1) + "\n")

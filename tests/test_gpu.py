@@ -9,7 +9,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from distributed import Client, protocol
+from distributed import protocol
 
 from dask_keras_serialize import devices
 from dask_keras_serialize.by_config import variables_of
@@ -153,14 +153,4 @@ def test_workers_of_one_gpu_and_a_client_without(workers, processes, tmp_path):
 @pytest.mark.cluster
 def test_from_worker_to_worker_by_ucx():
     pytest.importorskip("distributed_ucxx", reason="no comm that sends a GPU's memory is installed")
-    from distributed import LocalCluster
-
-    with (
-        LocalCluster(2, threads_per_worker=1, protocol="ucxx", dashboard_address=":0") as cluster,
-        Client(cluster) as client,
-    ):
-        first, second = client.nthreads()
-        made = client.submit(gpu.build, workers=[first])
-        before, _, _, back = client.submit(gpu.at_work, made, workers=[second]).result()
-        assert before
-        zoo.assert_same(made.result(), back)
+    run_module("tests.gpu", "ucxx")

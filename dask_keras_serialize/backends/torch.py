@@ -79,7 +79,11 @@ def view(variable: Any) -> Array:
 
 def views(variables: Sequence[Any]) -> list[Array]:
     """View several; copies from a GPU are under way together, into memory pinned for them."""
-    tensors = [variable.value.detach() for variable in variables]
+    return _fetched([variable.value.detach() for variable in variables])
+
+
+def _fetched(tensors: Sequence[torch.Tensor]) -> list[Array]:
+    """Return arrays of tensors' content, on the host, once all of it has arrived there."""
     here = [_own_view(tensor) for tensor in tensors]
     _wait_for(tensors)
     return [_as_array(tensor) for tensor in here]
@@ -259,9 +263,13 @@ def device_frames(variables: Sequence[Any]) -> list[DeviceFrame | None]:
         clones = [_clone(variable.value.detach()) for variable in variables]
     _wait_for([clone for clone in clones if clone is not None])
     return [
-        None if c is None else DeviceFrame(c.data_ptr(), c.nbytes, c, partial(_as_array, c))
+        None if c is None else DeviceFrame(c.data_ptr(), c.nbytes, c, partial(_to_host, c))
         for c in clones
     ]
+
+
+def _to_host(tensor: torch.Tensor) -> Array:
+    return _fetched([tensor])[0]
 
 
 def _clone(tensor: torch.Tensor) -> torch.Tensor | None:
