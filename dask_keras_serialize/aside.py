@@ -29,19 +29,27 @@ PATIENCE, PATIENCE_OF_A_LOOP = 600.0, 30.0
 @contextmanager
 def aside() -> Iterator[None]:
     """Make objects of Keras's that are nobody's: no seed is drawn for them, no name used up."""
-    with own_random():
-        try:
-            state = import_module("keras.src.backend.common.global_state")
-            names = state.get_global_attribute("object_name_uids")
-        except (ImportError, AttributeError):
-            names = None
-        before = None if names is None else dict(names)
-        try:
-            yield
-        finally:
-            if before is not None:
-                names.clear()
-                names.update(before)
+    with own_random(), own_names():
+        yield
+
+
+@contextmanager
+def own_names() -> Iterator[None]:
+    """Let this thread count names up, and then back to where they were."""
+    try:
+        state = import_module("keras.src.backend.common.global_state")
+        names = state.get_global_attribute("object_name_uids")
+    except (ImportError, AttributeError):
+        yield
+        return
+    before = dict(names or {})
+    try:
+        yield
+    finally:
+        names = state.get_global_attribute("object_name_uids")
+        if names is not None:  # the first name makes it
+            names.clear()
+            names.update(before)
 
 
 @contextmanager

@@ -1,8 +1,10 @@
-"""How many symbolic tensors a config may have Keras make, and how many constants.
+"""How many symbolic tensors a config may have Keras make, how many calls, and how many constants.
 
 Each tensor is a call of a layer that Keras traces, for some tenth of a millisecond. A config says
 with few bytes that a model is called often, and calls another often: three of 40 layers and 40
-calls, one in the other, are 18 kB and 64,000 calls.
+calls, one in the other, are 18 kB and 64,000 calls. Where Keras runs a layer to know its shapes,
+what that calls makes no symbolic tensors, and takes milliseconds. And a layer that is called on no
+tensor of the model's runs at once, on whatever a config holds, for as long as that takes.
 
 A Normalization that is told its mean keeps it, no variable, as wide as its inputs, which a config
 makes as wide as it likes (``keras/src/layers/preprocessing/normalization.py``).
@@ -24,22 +26,32 @@ from dask_keras_serialize.hooks import in_this_thread
 #: Of a config; more of each object that is named in it. Honest models take two or three each.
 MOST, MOST_OF_ONE = 20_000, 20
 
+#: Calls that layers make as they are run for their shapes; more of each object.
+MOST_CALLS, MOST_CALLS_OF_ONE = 1000, 5
+
 #: Of all Normalizations together: features of their inputs.
 MOST_FEATURES = 10**7
 
 
 @contextmanager
-def counted(most: int, owner: str) -> Iterator[None]:
-    """Let this thread make no more symbolic tensors than so many, and no wider constants.
+def counted(objects: int, owner: str) -> Iterator[None]:
+    """Let this thread make no more than a config that names so many objects may ask for.
 
     Call it inside :func:`rebuild.rebuilding`, which holds the lock.
+
+    Parameters
+    ----------
+    objects : int
+    owner : str
+        Whose config it is, for errors.
 
     Raises
     ------
     DecodeError
         In the midst of what would make more.
     """
-    made = features = 0
+    most, most_calls = MOST + MOST_OF_ONE * objects, MOST_CALLS + MOST_CALLS_OF_ONE * objects
+    made = features = calls = depth = 0
 
     def count(original: Any, tensor: Any, shape: Any, *arguments: Any, **keywords: Any) -> None:
         nonlocal made
@@ -56,6 +68,29 @@ def counted(most: int, owner: str) -> Iterator[None]:
             )
         original(tensor, shape, *arguments, **keywords)
 
+    def call(original: Any, operation: Any, *arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls, depth
+        if depth:
+            calls += 1
+        elif not any(
+            isinstance(each, keras.KerasTensor)
+            for each in keras.tree.flatten((arguments, keywords))
+        ):
+            raise DecodeError(
+                f"{owner}: its config calls {operation.name!r} without a tensor of the model's, "
+                "which would run it; send it again"
+            )
+        if calls > most_calls:
+            raise DecodeError(
+                f"{owner}: its config asks for more than {most_calls} calls of layers in layers, "
+                "for more than it names; send it by value, or in parts"
+            )
+        depth += 1
+        try:
+            return original(operation, *arguments, **keywords)
+        finally:
+            depth -= 1
+
     def keep(original: Any, layer: Any, input_shape: Any, **keywords: Any) -> None:
         nonlocal features
         if layer.input_mean is not None and layer.axis:
@@ -69,6 +104,7 @@ def counted(most: int, owner: str) -> Iterator[None]:
 
     with (
         in_this_thread(keras.KerasTensor, "__init__", count),
+        in_this_thread(keras.Operation, "__call__", call),
         in_this_thread(keras.layers.Normalization, "build", keep),
     ):
         yield

@@ -23,7 +23,7 @@ import keras
 
 from dask_keras_serialize import assets, compiled, fidelity, names, private, skew
 from dask_keras_serialize.backends import Array
-from dask_keras_serialize.budget import MOST, MOST_OF_ONE, counted
+from dask_keras_serialize.budget import counted
 from dask_keras_serialize.defaults import floatx_in_this_thread, policy_in_this_thread
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.parts import Description, Key, Rebuilt
@@ -163,9 +163,10 @@ def load(vetted: Vetted, values: Values, extras: list[Array]) -> Rebuilt:
                 _defaults(config["policy"], config["floatx"]),
                 values_at_creation(values) as given,
                 built_once(),
-                counted(MOST + MOST_OF_ONE * vetted.nodes, owner),
+                counted(vetted.nodes, owner),
             ):
                 model = keras.saving.deserialize_keras_object(config["model"], safe_mode=True)
+                _check_class(model, values.header.class_name)
                 remember(model, config["seeds"], config["paths"])
                 _freeze(model, config["frozen"], values)
                 if config["trainer"] is not None:
@@ -189,6 +190,14 @@ def load(vetted: Vetted, values: Values, extras: list[Array]) -> Rebuilt:
                 f"{skew.named(values.header)}"
             ) from error
     return Rebuilt(model, functools.partial(parts_of, model))
+
+
+def _check_class(model: Any, name: str) -> None:
+    """Raise DecodeError unless a model is what the header says, wherever Keras keeps that now."""
+    if type(model).__qualname__ != name.rpartition(".")[2]:
+        raise DecodeError(
+            f"a {name} was sent, and its config is a {type(model).__qualname__}'s; send it again"
+        )
 
 
 def _refusal_in(error: BaseException | None) -> DecodeError | None:

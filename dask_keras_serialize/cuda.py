@@ -115,14 +115,14 @@ def received(buffer: Any, owner: str, *, keep: bool = False) -> DeviceFrame:
         steps = zip(shape, strides or (), _strides(shape, item), strict=strides is not None)
         if any(there != step for n, there, step in steps if n != 1):
             raise ValueError(f"strides {strides}")
-        nbytes = math.prod(shape) * item
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        nbytes, address = math.prod(shape) * item, int(address)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DecodeError(
             f"{owner}: a frame in a GPU's memory is no contiguous run of bytes: {error!r}"
         ) from None
     # rmm and numba; cupy
     copy = getattr(buffer, "copy_to_host", None) or getattr(buffer, "get", None)
-    return DeviceFrame(int(address), nbytes, buffer, copy, keep and not readonly)
+    return DeviceFrame(address, nbytes, buffer, copy, keep and not readonly)
 
 
 def to_host(frame: DeviceFrame, owner: str) -> memoryview:

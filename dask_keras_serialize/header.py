@@ -201,11 +201,11 @@ class Header:
         try:
             header = cls._read(wire)
             header.code  # noqa: B018  raises if it is malformed
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            if isinstance(error, DecodeError):
-                raise
+            header._check()
+        except DecodeError:
+            raise
+        except Exception as error:  # bytes that lie break what reads them in any way
             raise DecodeError(f"malformed {FORMAT} header: {error!r}; send it again") from None
-        header._check()
         return header
 
     @classmethod

@@ -21,6 +21,10 @@ _SET_FROM_OUTSIDE = frozenset({"history", "stop_training", "_keras_mask", "train
 #: Layers of Keras's own whose state or code a config cannot carry.
 NEVER_BY_CONFIG = ("Lambda", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer")
 
+#: Layers whose shapes Keras knows by running them, with all that they hold, whatever that costs: a
+#: receiver of a config does not, for who sent it may mean ill.
+RUN_FOR_SHAPES = ("Pipeline", "FeatureSpace")
+
 #: Layers whose ``from_config`` refuses what their ``get_config`` writes: RandomShear's factors are
 #: from -0.3 to 0.3 where 0.3 was given (``preprocessing/image_preprocessing/random_shear.py``).
 UNREADABLE = ("RandomShear",)
@@ -31,6 +35,8 @@ def layer_loss(layer: keras.Layer) -> str | None:
     where = f"layer {layer.name!r}"
     if type(layer).__name__ in NEVER_BY_CONFIG:
         return f"{where} is a {type(layer).__name__}, which holds code"
+    if type(layer).__name__ in RUN_FOR_SHAPES:
+        return f"{where} is a {type(layer).__name__}, which Keras runs to know its shapes"
     if type(layer).__name__ in UNREADABLE:
         return f"{where} is a {type(layer).__name__}, whose config Keras itself cannot read"
     if isinstance(layer, keras.Model):

@@ -18,6 +18,8 @@ from typing import Any
 _ARGUMENTS, _REPEATED = ("exclude_layers", "policy_map"), re.compile(r"\)\s*[*+?{]|\(\?|\\[1-9]")
 _QUANTIFIERS, MOST_PLACES = re.compile(r"[*+?{]"), 10**9
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
 #: Letters of all paths: honest ones have some hundred each.
 MOST_LETTERS = 3 * 10**7
 
@@ -32,8 +34,10 @@ def objects(text: Any) -> tuple[Any, list[dict[str, Any]]]:
     Raises
     ------
     TypeError, ValueError, RecursionError
-        If it is no JSON.
+        If it is no JSON, or not of text.
     """
+    if not escapes_text(text):
+        raise ValueError("half of a surrogate pair")
     named: list[dict[str, Any]] = []
 
     def note(node: dict[str, Any]) -> dict[str, Any]:
@@ -44,11 +48,29 @@ def objects(text: Any) -> tuple[Any, list[dict[str, Any]]]:
     return json.loads(text, object_hook=note), named
 
 
+def are_text(names: str) -> bool:
+    """Say whether names can be written down: not with half of a surrogate pair in them."""
+    try:
+        names.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def escapes_text(text: str) -> bool:
+    """Say the same of the strings in JSON, all of ASCII."""
+    if not _SURROGATE.search(text):
+        return True
+    return are_text(json.dumps(json.loads(text), ensure_ascii=False))
+
+
 def refused(text: str, paths: Iterable[str]) -> str | None:
     """Say for which pattern in a config who receives it will refuse it, as :func:`too_costly`.
 
     A model may have been built with such and work: its sender has it go by value then.
     """
+    if not escapes_text(text):
+        return "a name in it is half of a surrogate pair"
     if not any(f'"{key}": {opening}"' in text for key in _ARGUMENTS for opening in "[{"):
         return None
     return too_costly(*objects(text), paths)

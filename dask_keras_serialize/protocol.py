@@ -24,6 +24,7 @@ from dask_keras_serialize import (
     frames,
     garbage,
     meters,
+    names,
     private,
     skew,
     states,
@@ -31,7 +32,7 @@ from dask_keras_serialize import (
     templates,
 )
 from dask_keras_serialize.cuda import DeviceFrame
-from dask_keras_serialize.errors import DecodeError, EncodeError, KerasSerializeError
+from dask_keras_serialize.errors import DecodeError, EncodeError, KerasSerializeError, one_line
 from dask_keras_serialize.frames import AnyFrame
 from dask_keras_serialize.header import (
     FORMAT,
@@ -140,6 +141,11 @@ def encode_parts(
                 f"{owner}: variable {variable.path!r} has dtype {variable.dtype}, which cannot "
                 "travel yet: cast it, or keep it out"
             )
+    if not names.are_text("".join((owner, *(variable.path for variable in variables)))):
+        raise EncodeError(
+            f"{owner}: its name, or one in it, is no text: it has half of a surrogate pair; "
+            "give it another"
+        )
     take = states.views_or_frames if on_device else states.views
     arrays = [
         each if isinstance(each, DeviceFrame) or each.dtype != object else strings.to_bytes(each)
@@ -225,7 +231,28 @@ def decode_parts(
     Returns
     -------
     Rebuilt
+
+    Raises
+    ------
+    DecodeError
+        Whatever is wrong: a worker that reads anything else leaves its task waiting for ever.
     """
+    try:
+        return _decode(header, parts, links)
+    except DecodeError:
+        raise
+    except Exception as error:
+        raise DecodeError(
+            f"{header.owner}: {one_line(error)}, which {FORMAT} did not expect: {REPORT}; "
+            f"{skew.named(header)}"
+        ) from error
+
+
+#: Ends an error that nobody should see.
+REPORT = "please report it"
+
+
+def _decode(header: Header, parts: Sequence[AnyFrame], links: Sequence[Rebuilt]) -> Rebuilt:
     garbage.make_room(header.nbytes)
     values = values_of(header, parts)
     try:
@@ -306,7 +333,7 @@ def _check_environment(header: Header) -> None:
     if header.encoding == "config":
         return
     if config.get(f"{FORMAT}.by-value", True) is not True:  # "no" is no True either
-        code = ", ".join(str(row[0]) for row in header.body.get("code", ()) if row) or "none"
+        code = ", ".join(name for name, _ in header.code) or "none"
         raise DecodeError(
             f"{header.owner}: it travels by value, which runs pickle, and the setting "
             f"{FORMAT}.by-value forbids that here; code of its own that it names: {code}"

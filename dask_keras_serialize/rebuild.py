@@ -25,7 +25,7 @@ import keras
 import numpy as np
 
 from dask_keras_serialize import backends, private, skew, strings
-from dask_keras_serialize.aside import own_random
+from dask_keras_serialize.aside import aside
 from dask_keras_serialize.cuda import DeviceFrame
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.frames import LARGE, AnyFrame, Bytes, unpack
@@ -64,6 +64,8 @@ class Values:
         try:
             placements = header.body.get("placements", ())
             self._placements = {int(index): list(placement) for index, placement in placements}
+            if not self._placements.keys() <= set(range(len(header.variables))):
+                raise ValueError(f"placements of {sorted(self._placements)}")
         except (TypeError, ValueError, OverflowError) as error:
             raise DecodeError(
                 f"{header.owner}: malformed header: {error!r}; send it again"
@@ -126,11 +128,11 @@ def _swapped(raw: Bytes, dtype: np.dtype[Any]) -> Bytes:
 
 @contextmanager
 def rebuilding() -> Iterator[None]:
-    """Hold the lock, ``aside.LOCK``, and the garbage collector; draw random numbers apart.
+    """Hold the lock, ``aside.LOCK``, and the garbage collector; use up no seed and no name.
 
     Variables are made in the backend's scope for that.
     """
-    with own_random(), uncollected(), backends.current()[1].creating():
+    with aside(), uncollected(), backends.current()[1].creating():
         yield
 
 

@@ -13,6 +13,7 @@ import importlib
 import re
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import keras
@@ -21,7 +22,7 @@ from dask import config as dask_config
 from dask_keras_serialize import names, skew
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.header import FORMAT, ITEMSIZE, Header
-from dask_keras_serialize.layerwise import NEVER_BY_CONFIG
+from dask_keras_serialize.layerwise import NEVER_BY_CONFIG, RUN_FOR_SHAPES, functional
 from dask_keras_serialize.likeness import functions_named
 
 #: What Keras finds by ``class_name`` that is no class, and builds nothing but data.
@@ -170,6 +171,10 @@ def _refusal(
         return f"{name!r} is registered as {registered!r}"
     if issubclass(cls, _HOLDING_CODE):
         return f"{name} holds code"
+    if issubclass(cls, _RUN_FOR_SHAPES):
+        return f"{name} would be run for its shapes"
+    if issubclass(cls, keras.Model) and cls not in (keras.Sequential, keras.Model, functional()):
+        return f"{name} is a subclass of Model"
     return argument(name, inner)
 
 
@@ -200,19 +205,31 @@ def finds_function(module: object, name: object) -> bool:
 
 
 def _calls_with_tensors(node: dict[str, Any], known: dict[int, bool]) -> bool:
-    """Say whether all calls of a layer are on tensors of the model, and so compute nothing yet."""
+    """Say whether all calls of a layer are on tensors of the model, and so compute nothing yet.
+
+    As they are built, :func:`budget.counted` sees to it.
+    """
     calls = node.get("inbound_nodes") or []
     return isinstance(calls, list) and all(_has_tensor(call, known) for call in calls)
 
 
 def _has_tensor(value: object, known: dict[int, bool]) -> bool:
-    """Say whether a tensor is in a part of the config; ``known``, by id, of those asked before."""
+    """Say whether a tensor is in a part of the config; ``known``, by id, of those asked before.
+
+    One that Keras makes a tensor of, and finds again in what it calls a layer with.
+    """
     if not isinstance(value, (dict, list)):
         return False
     if id(value) not in known:
         parts = value.values() if isinstance(value, dict) else value
-        found = isinstance(value, dict) and value.get("class_name") == "__keras_tensor__"
-        known[id(value)] = found or any(_has_tensor(each, known) for each in parts)
+        match value:
+            case {"class_name": "__keras_tensor__", "config": inner}:
+                found = isinstance(inner, dict)
+            case {"class_name": "__keras_tensor__" | "__slice__"}:  # into which Keras does not look
+                found = False
+            case _:
+                found = any(_has_tensor(each, known) for each in parts)
+        known[id(value)] = found
     return known[id(value)]
 
 
@@ -256,8 +273,14 @@ _KINDS: tuple[type, ...] = (
 
 
 #: Of Keras's layers, which some backends have not all.
-_HOLDING_CODE = tuple(
-    getattr(keras.layers, name) for name in NEVER_BY_CONFIG if hasattr(keras.layers, name)
+_HOLDING_CODE, _RUN_FOR_SHAPES = (
+    tuple(
+        getattr(where, each)
+        for where in (keras.layers, keras.utils)
+        for each in listed
+        if hasattr(where, each)
+    )
+    for listed in (NEVER_BY_CONFIG, RUN_FOR_SHAPES)
 )
 
 
@@ -265,12 +288,17 @@ def _symbol(module: object, name: str) -> Any:
     """Return what Keras has by a name, of what is loaded of it; None if it has no such."""
     if not isinstance(module, str) or not of_keras(module):
         return None
-    found = sys.modules.get(module)
+    found: Any = sys.modules.get(module)
     if found is None:  # the public names, such as keras.layers, may be no modules
         found = keras
         for part in module.split(".")[1:]:
-            found = vars(found).get(part) if isinstance(found, type(keras)) else None
-    return getattr(found, name, None) if name.isidentifier() else None
+            found = _in_module(found, part)
+    return _in_module(found, name)
+
+
+def _in_module(module: object, name: str) -> Any:
+    """Return what a module has, itself: some of Keras's stand for others, which they import."""
+    return vars(module).get(name) if isinstance(module, ModuleType) else None
 
 
 def _rows(*kinds: type | tuple[type, ...]) -> Callable[[object], bool]:
@@ -302,6 +330,11 @@ def _history(value: object) -> bool:
     )
 
 
+def _seeds(value: Any) -> bool:
+    rows = _rows(int, str, int)(value)
+    return rows and all(place >= 0 and 0 <= seed < 2**63 for place, _, seed in value)
+
+
 def _asset(value: Any) -> bool:
     named = _rows(int, str)(value)
     return named and all(re.fullmatch(r"\w[\w.-]{0,200}", name) for _, name in value)
@@ -322,7 +355,7 @@ _FIELDS: dict[str, Callable[[object], bool]] = {
     "policy": _is(dict, str),
     "floatx": lambda value: value in _FLOATX,
     "frozen": _each(int),
-    "seeds": _rows(int, str, int),
+    "seeds": _seeds,
     "paths": _each(str, type(None)),
     "compile": _is(dict, type(None)),
     "trainer": _trainer,
