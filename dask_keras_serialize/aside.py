@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any
 
 from dask_keras_serialize.errors import BusyError
-from dask_keras_serialize.turns import Turn
+from dask_keras_serialize.turns import Turn, at_forks
 
 #: Held while Keras's source of random numbers is ours, which is for all of a rebuild.
 LOCK = Turn()
@@ -24,6 +24,8 @@ LOCK = Turn()
 #: Seconds that a thread waits for it, and an event loop, without which whoever holds the lock may
 #: be unable to go on: what is rebuilt is anybody's code, and may ask a cluster for something.
 PATIENCE, PATIENCE_OF_A_LOOP = 600.0, 30.0
+
+at_forks(LOCK, PATIENCE_OF_A_LOOP)
 
 
 @contextmanager

@@ -18,7 +18,14 @@ class BrokenObject:
     """
 
     def __init__(self, error: DecodeError) -> None:
-        self._error = error
+        # its words alone: by its traceback and causes it would keep the message's buffers, and
+        # what was rebuilt of the object
+        self._said = type(error), str(error)
+
+    @property
+    def _error(self) -> DecodeError:
+        kind, words = self._said
+        return kind(words)
 
     def __getattr__(self, name: str) -> Any:
         # what Python, Dask and notebooks ask of any object

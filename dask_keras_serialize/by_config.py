@@ -166,7 +166,7 @@ def load(vetted: Vetted, values: Values, extras: list[Array]) -> Rebuilt:
                 counted(vetted.nodes, owner),
             ):
                 model = keras.saving.deserialize_keras_object(config["model"], safe_mode=True)
-                _check_class(model, values.header.class_name)
+                _check_class(model, values)
                 remember(model, config["seeds"], config["paths"])
                 _freeze(model, config["frozen"], values)
                 if config["trainer"] is not None:
@@ -192,11 +192,13 @@ def load(vetted: Vetted, values: Values, extras: list[Array]) -> Rebuilt:
     return Rebuilt(model, functools.partial(parts_of, model))
 
 
-def _check_class(model: Any, name: str) -> None:
+def _check_class(model: Any, values: Values) -> None:
     """Raise DecodeError unless a model is what the header says, wherever Keras keeps that now."""
+    owner, name = values.header.owner, values.header.class_name
     if type(model).__qualname__ != name.rpartition(".")[2]:
         raise DecodeError(
-            f"a {name} was sent, and its config is a {type(model).__qualname__}'s; send it again"
+            f"{owner}: its config cannot be rebuilt here: it is a {type(model).__qualname__}'s, "
+            f"and a {name} was sent; send it again"
         )
 
 

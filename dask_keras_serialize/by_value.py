@@ -39,7 +39,7 @@ from dask_keras_serialize.errors import DecodeError, EncodeError
 from dask_keras_serialize.parts import Description, Key, Rebuilt, Reference
 from dask_keras_serialize.private import MISSING, Tracker
 from dask_keras_serialize.rebuild import Values, check_fits, rebuilding
-from dask_keras_serialize.shells import ShellPickler, ShellUnpickler
+from dask_keras_serialize.shells import ShellPickler, ShellUnpickler, import_named
 from dask_keras_serialize.states import (
     Custom,
     attributes_of,
@@ -129,6 +129,7 @@ def load(
     each array that was writeable.
     """
     owner = values.header.owner
+    import_named(values.header.code)
     with rebuilding():
         try:
             return _Load(body, values, extras, links).run()
@@ -293,11 +294,10 @@ class _Load:
     ) -> None:
         self.values = values
         self.count = int(body["objects"])
-        writeable = body["writeable"]
         stream, *arrays = extras
         buffers = [
             _with_writeable(array, bool(flag))
-            for array, flag in zip(arrays, writeable, strict=True)
+            for array, flag in zip(arrays, body["writeable"], strict=True)
         ]
         self.shells: dict[int, Any] = {}
         self.rows: list[int] = []

@@ -30,8 +30,8 @@ def policy_in_this_thread(policy: keras.DTypePolicy) -> Iterator[None]:
     except AttributeError:
         before = keras.config.dtype_policy()
         put_back = lambda _, policy: keras.config.set_dtype_policy(policy)  # noqa: E731
-    keras.config.set_dtype_policy(policy)
-    try:
+    try:  # from here on: an interrupt may come as soon as it is set
+        keras.config.set_dtype_policy(policy)
         yield
     finally:
         put_back("dtype_policy", before)
@@ -106,17 +106,17 @@ def floatx_in_this_thread(name: str) -> Iterator[None]:
     function: Any = keras.config.floatx
     if can_hook(function):  # though it be the same: another thread may set another meanwhile
         original, outer = function.__code__, _threads.floatx
-        function.__code__ = _hooked.__code__  # as it is already in a rebuild inside another
-        _threads.floatx = name
         try:
+            function.__code__ = _hooked.__code__  # as it is already in a rebuild inside another
+            _threads.floatx = name
             yield
         finally:
             _threads.floatx = outer
             function.__code__ = original
     else:
         before = function()
-        keras.config.set_floatx(name)
         try:
+            keras.config.set_floatx(name)
             yield
         finally:
             keras.config.set_floatx(before)

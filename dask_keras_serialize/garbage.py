@@ -6,12 +6,18 @@ hundred of them pass before it looks. So it is counted here what of all that was
 bytes, and the collector run, before more is rebuilt, when they have grown by as much as
 :data:`GROWTH` allows. What is young is collected first, which takes milliseconds; all of it, which
 takes some tenths of a second, only where that was not enough.
+
+It pauses while a model is packed or rebuilt, which makes many objects that all live.
 """
 
 from __future__ import annotations
 
 import gc
+import os
+import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 #: By how many bytes, and what part of what was alive after the last time, rebuilt objects may
@@ -58,13 +64,56 @@ def make_room(nbytes: int) -> None:
     nbytes : int
         That are about to be rebuilt.
     """
-    if not gc.isenabled():
+    if not (gc.isenabled() or _is_paused()):
         return
     for generation in (1, 2):
         if alive() + nbytes <= _left[0] + max(GROWTH, PART * _left[0]):
             return
         gc.collect(generation)
     _left[0] = alive()
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Let the collector wait, until no thread is in here any more."""
+    pause = object()
+    try:
+        with _pausing:
+            if not _pauses:
+                _collects[0] = gc.isenabled()
+            _pauses.add(pause)
+            gc.disable()
+        yield
+    finally:
+        with _pausing:
+            _pauses.discard(pause)
+            if _collects[0] and not _pauses:
+                gc.enable()
+
+
+def _is_paused() -> bool:
+    """Say whether the collector is off for nothing but a pause."""
+    return bool(_pauses) and _collects[0]
+
+
+def _none_paused() -> None:
+    """Forget the pauses of threads that a process that was forked has not got."""
+    global _pausing
+    _pausing = threading.RLock()
+    if _is_paused():
+        gc.enable()
+    _pauses.clear()
+
+
+#: Held for the steps of a pause's beginning and end; again by what a collection runs meanwhile.
+_pausing = threading.RLock()
+
+#: Pauses under way; and whether the collector was on before the first of them, as the one item.
+_pauses: set[object] = set()
+_collects = [True]
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_none_paused)
 
 
 def _forget(reference: weakref.ref[Any]) -> None:

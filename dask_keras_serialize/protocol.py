@@ -44,7 +44,7 @@ from dask_keras_serialize.header import (
     python_version,
 )
 from dask_keras_serialize.parts import Description, Key, Rebuilt
-from dask_keras_serialize.rebuild import Values, uncollected
+from dask_keras_serialize.rebuild import Values
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def encode(
 
 
 @meters.meter(meters.PACK)
-@uncollected()
+@garbage.paused()
 def encode_parts(
     obj: Any,
     links: Mapping[int, tuple[Any, Key | None]] = MappingProxyType({}),

@@ -12,7 +12,6 @@ them, and searching them for it takes a tenth of the time.
 from __future__ import annotations
 
 import functools
-import gc
 import math
 import sys
 import time
@@ -24,7 +23,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from dask_keras_serialize import backends, private, skew, strings
+from dask_keras_serialize import backends, garbage, private, skew, strings
 from dask_keras_serialize.aside import aside
 from dask_keras_serialize.cuda import DeviceFrame
 from dask_keras_serialize.errors import DecodeError
@@ -132,20 +131,8 @@ def rebuilding() -> Iterator[None]:
 
     Variables are made in the backend's scope for that.
     """
-    with aside(), uncollected(), backends.current()[1].creating():
+    with aside(), garbage.paused(), backends.current()[1].creating():
         yield
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Let Python's garbage collector wait."""
-    collects = gc.isenabled()
-    try:
-        gc.disable()
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 @contextmanager

@@ -9,11 +9,13 @@ business (``states``).
 from __future__ import annotations
 
 import functools
+import importlib
 import io
 import pickle
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -125,6 +127,25 @@ class ShellPickler(cloudpickle.Pickler):  # type: ignore[misc]
             self.named.append(code)
         elif any(module in packages for packages in PACKAGES.values()):
             self.named.append(code)
+
+
+def import_named(code: Iterable[tuple[str, str]]) -> None:
+    """Import the modules of code that an object refers to, while no lock is held.
+
+    A module that opens a model as it is imported, in another thread, holds Python's lock for that
+    module and waits for the one of rebuilds. What cannot be imported is said where it is missed.
+
+    Parameters
+    ----------
+    code : iterable of (str, str)
+        As :attr:`header.Header.code` has it.
+    """
+    for name, how in code:
+        module = name
+        while how == "reference" and module and module not in sys.modules:
+            module = module.rpartition(".")[0]
+            with suppress(Exception):
+                importlib.import_module(module)
 
 
 class ShellUnpickler(pickle.Unpickler):

@@ -30,12 +30,12 @@ from typing import Any, NamedTuple
 import keras
 from dask import config as dask_config
 
-from dask_keras_serialize import by_config, by_value, vetting
+from dask_keras_serialize import by_config, by_value, garbage, vetting
 from dask_keras_serialize.aside import aside
 from dask_keras_serialize.backends import Array
 from dask_keras_serialize.header import FORMAT, Header
 from dask_keras_serialize.parts import Rebuilt
-from dask_keras_serialize.rebuild import Values, rebuilding, uncollected
+from dask_keras_serialize.rebuild import Values, rebuilding
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def load(body: dict[str, Any], values: Values, extras: list[Array]) -> Rebuilt:
     Takes, returns, raises and copies what :func:`by_config.load` does. A template holds no
     variable's bytes.
     """
-    with uncollected():
+    with garbage.paused():
         vetted = vetting.read(body.get("config"), values.header)
     config = vetted.config
     key = _key(config, values) if _wanted() and not extras and not vetted.classes else None

@@ -7,9 +7,10 @@ with ``acquire`` before the ``try``, nobody gives it back.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 
 class Turn:
@@ -48,7 +49,7 @@ class Turn:
                 self._owner = me
             yield mine
         finally:
-            if self._owner == me:
+            if self._owner == me == threading.get_ident():  # not who collects what never ended
                 self._owner = None
             # whether or not ``mine`` could be set: who has not got it is told so
             # not ``suppress``: an interrupt in its own lines would leave the lock held
@@ -56,3 +57,34 @@ class Turn:
                 self._lock.release()
             except RuntimeError:
                 pass
+
+
+def at_forks(turn: Turn, seconds: float) -> None:
+    """Have forks wait for a turn, so that no process begins in the middle of somebody's.
+
+    What is held then is held for good in the new process, which has not got the thread that holds
+    it; and what that thread had changed meanwhile stays so. ``multiprocessing`` forks, up to Python
+    3.13, and so do ``concurrent.futures`` and Keras's data sets; ``subprocess`` does not.
+
+    Parameters
+    ----------
+    turn : Turn
+    seconds : float
+        To wait at most; then the new process's turn is a free one, and the rest as it was.
+    """
+    threads = threading.local()
+
+    def before() -> None:
+        threads.stack = ExitStack()
+        threads.got = threads.stack.enter_context(turn.held(seconds))
+
+    def in_parent() -> None:
+        threads.stack.close()
+
+    def in_child() -> None:
+        threads.stack.close()
+        if not threads.got:
+            turn.__init__()  # type: ignore[misc]
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=before, after_in_parent=in_parent, after_in_child=in_child)

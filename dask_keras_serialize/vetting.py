@@ -10,9 +10,7 @@ whoever asks for more is not to be trusted, and gets nothing of what it asked fo
 from __future__ import annotations
 
 import importlib
-import re
 import sys
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -21,6 +19,7 @@ from dask import config as dask_config
 
 from dask_keras_serialize import names, skew
 from dask_keras_serialize.errors import DecodeError
+from dask_keras_serialize.fields import FIELDS
 from dask_keras_serialize.header import FORMAT, ITEMSIZE, Header
 from dask_keras_serialize.layerwise import NEVER_BY_CONFIG, RUN_FOR_SHAPES, functional
 from dask_keras_serialize.likeness import functions_named
@@ -39,9 +38,6 @@ _FILES = ("vocabulary", "idf_weights")
 
 #: Arguments that say how many tensors, thresholds, n-grams, copies are made, of whatever is sent.
 COUNTS = ("indices_or_sections", "num", "num_thresholds", "ngrams", "n", "num_oov_indices")
-
-#: What ``keras.config.set_floatx`` takes.
-_FLOATX = ("bfloat16", "float16", "float32", "float64")
 
 #: More tensors no operation makes; building that many takes a second. Nor all together so many.
 MOST_TENSORS, MOST_ASKED = 10_000, 200_000
@@ -91,7 +87,7 @@ def read(text: Any, header: Header) -> Vetted:
         config, named = names.objects(text)
     except (TypeError, ValueError, RecursionError) as error:
         raise DecodeError(f"{problem}, it is malformed: {error!r}; send it again") from None
-    for key, fits in _FIELDS.items():
+    for key, fits in FIELDS.items():
         if not isinstance(config, dict) or not fits(config.get(key, ...)):
             raise DecodeError(f"{problem}, it is malformed at {key!r}; send it again")
     classes: dict[str, type] = {}
@@ -299,66 +295,3 @@ def _symbol(module: object, name: str) -> Any:
 def _in_module(module: object, name: str) -> Any:
     """Return what a module has, itself: some of Keras's stand for others, which they import."""
     return vars(module).get(name) if isinstance(module, ModuleType) else None
-
-
-def _rows(*kinds: type | tuple[type, ...]) -> Callable[[object], bool]:
-    """Return what says whether a value is a list of rows of such fields."""
-    return lambda value: (
-        isinstance(value, list)
-        and all(
-            isinstance(row, list) and len(row) == len(kinds) and all(map(isinstance, row, kinds))
-            for row in value
-        )
-    )
-
-
-def _each(*kinds: type) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, list) and all(isinstance(each, kinds) for each in value)
-
-
-def _is(*kinds: type) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, kinds)
-
-
-def _history(value: object) -> bool:
-    # its keys become attributes
-    kinds = {"history": dict, "epoch": list, "params": dict | None}
-    return value is None or (
-        isinstance(value, dict)
-        and value.keys() <= kinds.keys()
-        and all(isinstance(each, kinds[key]) for key, each in value.items())
-    )
-
-
-def _seeds(value: Any) -> bool:
-    rows = _rows(int, str, int)(value)
-    return rows and all(place >= 0 and 0 <= seed < 2**63 for place, _, seed in value)
-
-
-def _asset(value: Any) -> bool:
-    named = _rows(int, str)(value)
-    return named and all(re.fullmatch(r"\w[\w.-]{0,200}", name) for _, name in value)
-
-
-def _trainer(value: object) -> bool:
-    return value is None or (
-        isinstance(value, dict)
-        and value.keys() >= {"optimizer-built", "scaled", "metrics", "losses", "attributes"}
-        and isinstance(value["attributes"], dict)
-        and all(isinstance(v, (bool, int, str, type(None))) for v in value["attributes"].values())
-    )
-
-
-#: The fields of a config, and what says whether a value may be one's.
-_FIELDS: dict[str, Callable[[object], bool]] = {
-    "model": _is(dict),
-    "policy": _is(dict, str),
-    "floatx": lambda value: value in _FLOATX,
-    "frozen": _each(int),
-    "seeds": _seeds,
-    "paths": _each(str, type(None)),
-    "compile": _is(dict, type(None)),
-    "trainer": _trainer,
-    "history": _history,
-    "assets": _asset,
-}

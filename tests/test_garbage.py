@@ -1,6 +1,8 @@
 """Replicas that are dropped are freed before memory fills, however few objects they are."""
 
 import gc
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import keras
 import numpy as np
@@ -64,6 +66,36 @@ def test_a_collector_that_the_user_turned_off_stays_off(monkeypatch):
             deserialize_keras(header, frames)
     finally:
         gc.enable()
+
+
+def test_it_runs_while_another_thread_packs():
+    """Which pauses the collector, as a user may who wants it off."""
+    header, frames = message()
+    before = garbage.alive()
+    with ThreadPoolExecutor(1) as other, garbage.paused():
+        for _ in range(20):
+            other.submit(deserialize_keras, header, frames).result()
+            assert garbage.alive() - before <= (8 + 1) << 20
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+
+def test_pauses_of_several_threads_end_with_the_last():
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def pauses():
+        for _ in range(2000):
+            with garbage.paused(), garbage.paused():
+                assert not gc.isenabled()
+
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            for done in [threads.submit(pauses) for _ in range(8)]:
+                done.result()
+    finally:
+        sys.setswitchinterval(switch)
+    assert gc.isenabled()
 
 
 def test_what_takes_no_weak_reference_is_not_counted():

@@ -8,7 +8,7 @@ import time
 import keras
 import pytest
 
-from dask_keras_serialize import aside, rebuild
+from dask_keras_serialize import aside, garbage
 from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
 from dask_keras_serialize.hooks import in_this_thread
 from dask_keras_serialize.turns import Turn
@@ -124,6 +124,23 @@ def test_a_hook_does_not_stay(inherits, monkeypatch):
     assert cls().method() == "theirs"
 
 
+def test_the_senders_policy_does_not_stay(monkeypatch):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    header, frames = serialize_keras(zoo.build("sequential"))
+    keras.config.set_dtype_policy("float32")
+    setter = keras.config.set_dtype_policy
+
+    def once(policy):
+        setter(policy)
+        monkeypatch.setattr(keras.config, "set_dtype_policy", setter)
+        raise Interrupt
+
+    monkeypatch.setattr(keras.config, "set_dtype_policy", once)
+    with pytest.raises(Interrupt):
+        deserialize_keras(header, frames)
+    assert keras.config.dtype_policy().name == "float32"
+
+
 def test_the_collector_does_not_stay_off(monkeypatch):
     def disable():
         off()
@@ -131,6 +148,6 @@ def test_the_collector_does_not_stay_off(monkeypatch):
 
     off = gc.disable
     monkeypatch.setattr(gc, "disable", disable)
-    with pytest.raises(Interrupt), rebuild.uncollected():
+    with pytest.raises(Interrupt), garbage.paused():
         pytest.fail("it was interrupted before")
     assert gc.isenabled()

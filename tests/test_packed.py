@@ -12,6 +12,7 @@ from dask.sizeof import sizeof
 from dask_keras_serialize import packed, views
 from dask_keras_serialize.broken import BrokenObject
 from dask_keras_serialize.errors import DecodeError, MissingPackageError
+from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
 from dask_keras_serialize.packed import PackedObject, Parcel
 from dask_keras_serialize.pickling import pack
 from tests import zoo
@@ -191,3 +192,24 @@ def test_links_that_are_none_are_an_error(links):
     header = pack(zoo.build("sequential"))._packed_header
     with pytest.raises(DecodeError, match="links"):
         packed.receive(header, links)
+
+
+def test_what_a_worker_holds_of_a_broken_object_is_its_error_alone(monkeypatch):
+    """Not the buffers it came in, nor what was rebuilt of it when that failed."""
+
+    def fails(self, *arguments):
+        raise RuntimeError("no bias")
+
+    header, frames = serialize_keras(zoo.build("sequential"))
+    buffers = [bytearray(frame) for frame in frames]
+    monkeypatch.setattr("dask_keras_serialize.broken.read_by_worker", lambda: True)
+    monkeypatch.setattr(keras.layers.Dense, "build", fails)
+    held = deserialize_keras(header, buffers)
+    assert type(held) is BrokenObject
+    for buffer in buffers:
+        buffer.append(0)
+    for _ in range(2):
+        with pytest.raises(DecodeError, match="no bias") as info:
+            held()
+        assert info.value.__cause__ is info.value.__context__ is None
+    assert "no bias" in repr(pickle.loads(pickle.dumps(held)))

@@ -18,7 +18,7 @@ import keras
 import numpy as np
 import pytest
 
-from dask_keras_serialize import vetting
+from dask_keras_serialize import layerwise, vetting
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
 from tests import zoo
@@ -715,15 +715,23 @@ AUDITED = """
         seen, events[:] = set(events), []
         return sorted(each for each in seen if not is_expected(*each))
 
+    def imported(before):  # also by importlib.import_module, which no event tells of
+        return sorted(set(sys.modules) - before)
+
     sys.addaudithook(note)
+    modules = set(sys.modules)
     for header, frames in sent:
         deserialize_keras(header, frames)
-    print("first:", *found(is_of_a_first))
+    theirs = ROOTS | sys.stdlib_module_names
+    strange = [name for name in imported(modules) if name.partition(".")[0] not in theirs]
+    print("first:", *found(is_of_a_first), *strange)
+    modules = set(sys.modules)
     for _ in range(2):
         for header, frames in sent:
             deserialize_keras(header, frames)
     temporary = tempfile.gettempdir()  # assets
-    print("later:", *found(lambda event, what: event == "open" and what.startswith(temporary)))
+    is_asset = lambda event, what: event == "open" and what.startswith(temporary)
+    print("later:", *found(is_asset), *imported(modules))
     with dask.config.set({"dask-keras-serialize.by-value": True}):
         deserialize_keras(*by_value)
     assert "pickle.find_class" in {event for event, _ in events}, "the hook sees nothing"
@@ -746,3 +754,189 @@ def test_nothing_on_the_way_of_a_config_runs_or_imports_code(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == ["first:", "later:", f"audited {len(sent)}"]
+
+
+def call(*args, **kwargs):
+    return {"args": list(args), "kwargs": kwargs}
+
+
+def tensor(layer, node=0, shape=(None, 2)):
+    config = {"shape": list(shape), "dtype": "float32", "keras_history": [layer, node, 0]}
+    return {"class_name": "__keras_tensor__", "config": config}
+
+
+def at(node, *calls):
+    return node | {"name": node["config"]["name"], "inbound_nodes": list(calls)}
+
+
+def with_more_layers(*nodes):
+    header, frames = serialize_keras(model())
+    config = json.loads(header["body"]["config"])
+    config["model"]["config"]["layers"] += nodes
+    return changed(header, config), frames
+
+
+ARRAY = {"class_name": "__tensor__", "config": {"value": [[[[[1.0]]]]], "dtype": "float32"}}
+
+NO_TENSORS = {
+    "one without a config": {"class_name": "__keras_tensor__"},
+    "one whose config is none": {"class_name": "__keras_tensor__", "config": [1]},
+    "in a slice": {
+        "class_name": "__slice__",
+        "config": {"start": tensor("input"), "stop": None, "step": None},
+    },
+    "named in a name": {"a": {"class_name": "__keras_tensor__"}},
+}
+
+
+@pytest.mark.parametrize("looks_like", NO_TENSORS)
+def test_no_layer_runs_on_arrays_beside_what_only_looks_like_a_tensor(looks_like):
+    """MaxPooling3D of such sizes ends the process (SIGFPE), UpSampling1D takes all memory."""
+    inner = layer("MaxPooling3D", pool_size=[2**30] * 3, strides=[1] * 3, padding="same")
+    outer = layer("Sequential", "keras", name="s", layers=[inner])
+    refused(
+        *with_more_layers(at(outer, call(ARRAY, training=NO_TENSORS[looks_like]))),
+        "called without a tensor|calls 's' without a tensor",
+    )
+
+
+def test_nor_where_nothing_was_seen_of_it_in_the_config(monkeypatch):
+    monkeypatch.setattr(vetting, "_calls_with_tensors", lambda *_: True)
+    outer = layer("Rescaling", name="s", scale=2.0, offset=0.0)
+    refused(*with_more_layers(at(outer, call(ARRAY))), "calls 's' without a tensor")
+
+
+@pytest.mark.parametrize("name", ["torch_xla", "canary_module"])
+def test_what_stands_for_a_module_does_not_import_it(name, tmp_path, monkeypatch):
+    """``keras/src/utils/module_utils.py`` has such, which import when they are asked for a name."""
+    from keras.src.utils import module_utils
+
+    monkeypatch.setattr(module_utils, name, module_utils.LazyModule(name, name), raising=False)
+    (tmp_path / f"{name}.py").write_text("raise SystemExit('it was imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = f"keras.src.utils.module_utils.{name}"
+    refused(*with_layer(layer("Dense", module, units=2)), "not a class of Keras's own")
+    assert name not in sys.modules
+
+
+def pipelines(depth, calls, inner):
+    """Nest Pipelines of functional models, each called so many times."""
+    for d in range(depth):
+        before = [tensor(f"i{d}") if k == 0 else tensor(f"p{d}", k - 1) for k in range(calls)]
+        layers = [
+            at(layer("InputLayer", name=f"i{d}", batch_shape=[None, 2], dtype="float32")),
+            at(layer("Pipeline", name=f"p{d}", layers=[inner]), *map(call, before)),
+        ]
+        inner = layer(
+            "Functional", "keras.src.models.functional", name=f"m{d}", trainable=True,
+            layers=layers, input_layers=[[f"i{d}", 0, 0]], output_layers=[[f"p{d}", calls - 1, 0]],
+        ) | {"registered_name": "Functional", "name": f"m{d}"}  # fmt: skip
+    return at(layer("Pipeline", name="big", layers=[inner]), call(tensor("input")))
+
+
+def unrolled(steps):
+    inner = layer("SimpleRNN", units=1, unroll=True, name="r")
+    inner["build_config"] = {"input_shape": [None, steps, 1]}
+    shape = (None, steps, 1)
+    return (
+        at(layer("InputLayer", name="i2", batch_shape=list(shape), dtype="float32")),
+        at(layer("Pipeline", name="p", layers=[inner]), call(tensor("i2", shape=shape))),
+    )
+
+
+def test_layers_that_are_run_for_their_shapes_are_refused():
+    refused(*with_more_layers(pipelines(5, 6, layer("Identity", name="leaf"))), "would be run")
+    refused(*with_more_layers(*unrolled(20_000)), "would be run")
+    refused(*with_layer(layer("FeatureSpace", "keras.utils")), "cannot be rebuilt here")
+
+
+@pytest.mark.parametrize(
+    "nodes", [[pipelines(5, 6, layer("Identity", name="leaf"))], unrolled(20_000)]
+)
+def test_nor_do_layers_call_layers_without_end(nodes, monkeypatch):
+    """Whatever layers of a later Keras are run for theirs."""
+    monkeypatch.setattr(vetting, "_RUN_FOR_SHAPES", ())
+    message = "(?s)^(?!.*\n).*asks for more than [0-9]* calls of layers in layers|larger than"
+    refused(*with_more_layers(*nodes), message)
+
+
+def test_which_layers_are_run_for_their_shapes():
+    """All others of Keras's that hold layers say their shapes without."""
+    own = ("compute_output_shape", "compute_output_spec")
+    found = {
+        name
+        for name, cls in vars(keras.layers).items()
+        if isinstance(cls, type)
+        and issubclass(cls, keras.Layer)
+        and all(getattr(cls, each) is getattr(keras.Layer, each) for each in own)
+    }
+    cells = {"GRUCell", "LSTMCell", "SimpleRNNCell", "StackedRNNCells"}
+    without_calls = {"InputLayer", "Layer", "Wrapper"}
+    holding_code = set(layerwise.NEVER_BY_CONFIG)
+    assert found - holding_code <= cells | without_calls | set(layerwise.RUN_FOR_SHAPES)
+
+
+def test_a_pipeline_goes_by_value_and_back():
+    pipeline = keras.layers.Pipeline([keras.layers.Rescaling(2.0), keras.layers.Rescaling(3.0)])
+    source = keras.Sequential([keras.Input((2,)), pipeline, keras.layers.Dense(2)])
+    header, frames = serialize_keras(source)
+    assert header["encoding"] == "value"
+    zoo.assert_same(source, deserialize_keras(header, frames))
+
+
+@pytest.mark.parametrize("by_value", [True, False])
+def test_subclasses_of_model_are_refused(by_value):
+    node = layer("Distiller", "keras.distillation", name="d")
+    if not hasattr(keras, "distillation"):
+        node = layer("Model", "keras.src.trainers.trainer", name="d")
+    with dask.config.set({"dask-keras-serialize.by-value": by_value}):
+        refused(*with_layer(node), "subclass of Model|not a class of Keras")
+
+
+def test_half_a_surrogate_pair_is_no_text():
+    header, frames = serialize_keras(model())
+    config = json.loads(header["body"]["config"])
+    config["model"]["config"]["name"] = "\ud800"
+    refused(changed(header, config), frames, "half of a surrogate pair")
+    config["model"]["config"]["name"] = "\U0001f600"
+    assert deserialize_keras(changed(header, config), frames).name == "\U0001f600"
+
+
+@pytest.mark.parametrize("code", [[{"a": 1, "b": 2}], ["ab"], [["a", "value", "c"]], [3], 3, [[]]])
+def test_code_is_named_whatever_its_rows_are(code):
+    header, frames = serialize_keras(keras.optimizers.SGD())
+    header["body"]["code"] = code
+    with dask.config.set({"dask-keras-serialize.by-value": False}):
+        refused(header, frames, "by-value forbids that|malformed")
+
+
+def test_a_header_says_what_its_config_is_of():
+    header, frames = serialize_keras(model())
+    refused(header | {"class-name": "keras.src.models.sequential.Sequential"}, frames, "was sent")
+
+
+@pytest.mark.parametrize("rows", [[[9, [0, 1]]], [[-1, [0, 1]]]])
+def test_no_variable_is_placed_that_is_not_there(rows):
+    header, frames = serialize_keras(model())
+    body = header["body"] | {"placements": rows}
+    refused(header | {"body": body}, frames, "placements of")
+
+
+def test_names_are_not_used_up(canary):
+    """Neither by what arrives nor by what is refused: a user's next layers are called as ever."""
+    source = zoo.build("trained")
+    header, frames = serialize_keras(source)
+    config = json.loads(header["body"]["config"])
+    state = keras.src.backend.common.global_state
+    keras.layers.Dense(1)
+    before = dict(state.get_global_attribute("object_name_uids"))
+    for _ in range(4):
+        deserialize_keras(header, frames)
+        refused(changed(header, config | {"paths": []}), frames, "cannot be rebuilt")
+    assert state.get_global_attribute("object_name_uids") == before
+
+
+def test_what_nobody_expected_is_refused_too(monkeypatch):
+    header, frames = serialize_keras(model())
+    monkeypatch.setattr(vetting, "_refusal", lambda *_: 1 // 0)
+    refused(header, frames, "ZeroDivisionError.*did not expect: please report it")

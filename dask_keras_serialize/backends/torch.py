@@ -15,11 +15,12 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import keras
-import ml_dtypes
 import numpy as np
 import torch
 
 from dask_keras_serialize.backends import Array, behind, borrowed, tensor_of
+from dask_keras_serialize.backends.torch_memory import LAZY, Memory, numpy_dtype, tensor_on
+from dask_keras_serialize.backends.torch_memory import as_array as _as_array
 from dask_keras_serialize.backends.torch_objects import SHELLS as SHELLS
 from dask_keras_serialize.backends.torch_objects import adopt as adopt
 from dask_keras_serialize.backends.torch_objects import creating as creating
@@ -40,19 +41,6 @@ except ImportError:  # then Keras moves what is made here
     def get_device() -> str:
         """Say that values are made on the host."""
         return "cpu"
-
-
-#: dtypes numpy lacks, as (same-sized dtype both have, ml_dtypes' dtype)
-_BITS: dict[torch.dtype, tuple[torch.dtype, Any]] = {
-    torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
-    torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn),
-    torch.float8_e5m2: (torch.uint8, ml_dtypes.float8_e5m2),
-}
-_DTYPES = {np.dtype(there): (bits, here) for here, (bits, there) in _BITS.items()}
-
-
-#: Whether this PyTorch can share memory until it is written to.
-LAZY = hasattr(torch.Tensor, "_lazy_clone") and hasattr(torch._C, "_data_address")
 
 
 def view(variable: Any) -> Array:
@@ -87,11 +75,6 @@ def _fetched(tensors: Sequence[torch.Tensor]) -> list[Array]:
     here = [_own_view(tensor) for tensor in tensors]
     _wait_for(tensors)
     return [_as_array(tensor) for tensor in here]
-
-
-def _as_array(tensor: torch.Tensor) -> Array:
-    raw = np.asarray(_Memory(tensor))
-    return raw.view(_numpy_dtype(tensor.dtype)).reshape(tuple(tensor.shape))
 
 
 def _wait_for(tensors: Sequence[torch.Tensor]) -> None:
@@ -150,28 +133,6 @@ def _writing(original: Any, unless: str = "") -> Any:
     return method
 
 
-class _Memory:
-    """A tensor's memory as bytes, for NumPy; keeps the tensor."""
-
-    def __init__(self, tensor: torch.Tensor, writeable: bool = False) -> None:
-        self.tensor = tensor
-        address = torch._C._data_address(tensor) if LAZY else tensor.data_ptr()
-        self.__array_interface__ = {
-            "version": 3,
-            "shape": (tensor.nbytes,),
-            "typestr": "|u1",
-            "data": (address or 64, not writeable),  # empty: NumPy 2.0 takes no memory at 0
-        }
-
-
-def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
-    bits = _BITS.get(dtype)
-    known: np.dtype[Any] = (
-        np.dtype(bits[1]) if bits is not None else torch.empty(0, dtype=dtype).numpy().dtype
-    )
-    return known
-
-
 def tensor(array: Array) -> torch.Tensor:
     """Turn an array into a tensor; ``torch.nn.Parameter(tensor)`` then takes its memory over.
 
@@ -193,7 +154,7 @@ def tensor(array: Array) -> torch.Tensor:
     """
     device = _device()
     if device is not None:
-        return _of(borrowed(array)).to(device)
+        return tensor_on(borrowed(array)).to(device)
     return _on_host(array)
 
 
@@ -208,16 +169,7 @@ def _on_host(array: Array) -> torch.Tensor:
     shared = _tensor_behind(array)
     if shared is not None:
         return shared
-    return _of(array if array.flags.writeable else array.copy())  # training writes to it
-
-
-def _of(array: Array) -> torch.Tensor:
-    """Return a tensor of an array's memory."""
-    if array.dtype in _DTYPES:
-        bits, dtype = _DTYPES[array.dtype]
-        width = {1: np.uint8, 2: np.int16}[array.dtype.itemsize]
-        return torch.from_numpy(array.view(width)).view(bits).view(dtype)
-    return torch.from_numpy(array)
+    return tensor_on(array if array.flags.writeable else array.copy())  # training writes to it
 
 
 def tensor_in(array: Array, memory: Array) -> torch.Tensor:
@@ -229,7 +181,7 @@ def tensor_in(array: Array, memory: Array) -> torch.Tensor:
     """
     if not memory.flags.writeable:
         return _on_host(array)
-    like = _of(np.empty(0, array.dtype))
+    like = tensor_on(np.empty(0, array.dtype))
     size = array.itemsize
     offset = array.ctypes.data - memory.ctypes.data if array.size else 0
     steps = [step // size for step in array.strides]
@@ -239,10 +191,10 @@ def tensor_in(array: Array, memory: Array) -> torch.Tensor:
 
 def _tensor_behind(array: Array) -> torch.Tensor | None:
     """Return a tensor that shares the memory that :func:`view` gave as this array."""
-    base = behind(array, _Memory)
+    base = behind(array, Memory)
     if base is None or not LAZY or base.tensor.nbytes != array.nbytes:
         return None
-    if _numpy_dtype(base.tensor.dtype) != array.dtype:
+    if numpy_dtype(base.tensor.dtype) != array.dtype:
         return None
     return _own_view(base.tensor).reshape(array.shape)
 
@@ -295,7 +247,7 @@ def device_tensor(
     if not frame.writeable:
         raw = raw.clone()
         _wait_for([raw])  # before the frame goes
-    return raw.view(_of(np.empty(0, dtype)).dtype).reshape(tuple(shape))
+    return raw.view(tensor_on(np.empty(0, dtype)).dtype).reshape(tuple(shape))
 
 
 def _takes_frames() -> bool:
@@ -345,11 +297,11 @@ def _reduce_tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
     whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
     where = torch._C._data_address(whole), whole.nbytes
     memory = _MEMORIES.get(where)
-    if memory is None or not np.array_equal(memory, np.asarray(_Memory(whole))):
-        memory = _MEMORIES[where] = np.asarray(_Memory(_own_view(whole), writeable=True))
+    if memory is None or not np.array_equal(memory, np.asarray(Memory(whole))):
+        memory = _MEMORIES[where] = np.asarray(Memory(_own_view(whole), writeable=True))
     size = tensor.element_size()
     strides = tuple(size * step for step in tensor.stride())
-    dtype = _numpy_dtype(tensor.dtype).name
+    dtype = numpy_dtype(tensor.dtype).name
     return tensor_of, (memory, dtype, tuple(tensor.shape), strides, size * tensor.storage_offset())
 
 
