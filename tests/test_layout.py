@@ -31,14 +31,14 @@ FLOORS = [
     {"states", "vetting"},
     {"layerwise", "mending"},
     {"shells"},
-    {"binding"},
+    {"binding", "environment"},
     {"private", "likeness", "parts", "blame", "aside", "skew", "hooks", "defaults", "names"},
     {"backends.tensorflow", "backends.jax", "backends.torch"},
     {"backends.tensorflow_objects", "backends.jax_trainer", "backends.torch_objects"},
     {"devices.tensorflow", "devices.jax", "devices.torch"},
     {"devices"},
     {"backends"},
-    {"verdict"},
+    {"verdict", "sides"},
     {"header", "strings", "meters", "garbage", "turns"},
     {"fingerprints", "whereabouts"},
     {"frames"},
@@ -49,7 +49,7 @@ FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in flo
 
 
 #: Modules below the picklers that a scheduler, or who only looks, loads.
-WITHOUT_KERAS = {"inside", "packed", "views", "mapped", "header", "frames", "errors"}
+WITHOUT_KERAS = {"inside", "packed", "views", "mapped", "header", "frames", "sides", "errors"}
 
 WITH_DISTRIBUTED = {"plugin", "placement", "warmup", "checkup", "doctor"}
 WITH_DISTRIBUTED |= {"workflows.averaging", "workflows.means", "workflows.searching"}
