@@ -38,7 +38,7 @@ FLOORS = [
     {"devices.tensorflow", "devices.jax", "devices.torch"},
     {"devices"},
     {"backends"},
-    {"verdict", "sides"},
+    {"verdict", "presence", "sides"},
     {"header", "strings", "meters", "garbage", "turns"},
     {"fingerprints", "whereabouts"},
     {"frames"},
