@@ -88,11 +88,16 @@ def _with_check(original: Callable[..., Any], *, graph: bool) -> Callable[..., A
             return original(self, *args, **kwargs)
         except TypeError as error:  # which says no more than the class of what was sent
             lost = _error_of_ours(error)
-            if lost is None or isinstance(error, KerasSerializeError):
+            by_a_task = graph and _NOT_SENT not in str(error)  # get() raises what tasks do, too
+            if lost is None or by_a_task or isinstance(error, KerasSerializeError):
                 raise
             raise EncodeError(str(lost)) from error
 
     return checked
+
+
+#: What distributed says of what it cannot send (``distributed/protocol/serialize.py``).
+_NOT_SENT = "Could not serialize object of type"
 
 
 def _error_of_ours(error: BaseException | None) -> KerasSerializeError | None:
