@@ -1,7 +1,8 @@
-"""What a cluster needs beside handlers: models as tasks, and a word on who lacks us.
+"""What a cluster needs beside handlers: models as tasks, and collections kept together.
 
-Wraps public methods of ``distributed.Client`` and the "error" family of serializers;
-:mod:`dask_keras_serialize.registration` puts the wrappers in place.
+Wraps public methods of ``distributed.Client``, which are refused where a process lacks us
+(:mod:`dask_keras_serialize.presence`); :mod:`dask_keras_serialize.registration` puts the wrappers
+in place.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable
 from itertools import islice
+from types import MethodType
 from typing import Any
 from uuid import uuid4
 
@@ -18,25 +20,13 @@ import numpy as np
 
 from dask_keras_serialize import cuda
 from dask_keras_serialize.broken import BrokenObject
-from dask_keras_serialize.errors import EncodeError, MissingPackageError
-from dask_keras_serialize.header import FORMAT, package_version
-
-
-def explain_error(original: Callable[..., Any], header: Any, frames: Any) -> None:
-    """Raise what another process failed with, by our name if it is for want of us."""
-    try:
-        original(header, frames)
-    except TypeError as error:
-        if "distributed/protocol/keras.py" not in str(error):
-            raise
-        raise MissingPackageError(
-            f"a Keras model could not be sent by a process without {FORMAT}: "
-            f"pip install {FORMAT} on every worker and restart them"
-        ) from error
+from dask_keras_serialize.errors import EncodeError, KerasSerializeError
+from dask_keras_serialize.header import FORMAT
+from dask_keras_serialize.presence import require_package
 
 
 def wrap_client(cls: Any) -> Callable[[], None]:
-    """Wrap ``map``, ``scatter`` and ``submit`` of Client; return what unwraps them.
+    """Wrap the methods of Client that send something; return what unwraps them.
 
     Parameters
     ----------
@@ -48,15 +38,17 @@ def wrap_client(cls: Any) -> Callable[[], None]:
     callable
         Puts the original methods back.
     """
-    originals = {name: getattr(cls, name) for name in ("map", "scatter", "submit")}
+    names = ("map", "scatter", "submit", "compute", "persist", "get")
+    originals = {name: getattr(cls, name) for name in names}
 
     def unwrap() -> None:
         for name, method in originals.items():
             setattr(cls, name, method)
 
     cls.map = _with_models_as_tasks(originals["map"])
-    cls.scatter = _with_check(originals["scatter"])
-    cls.submit = _with_check(originals["submit"])
+    cls.scatter = _with_check(originals["scatter"], graph=False)
+    for name in names[2:]:
+        setattr(cls, name, _with_check(originals[name], graph=True))
     return unwrap
 
 
@@ -87,39 +79,32 @@ def _with_models_as_tasks(original: Callable[..., Any]) -> Callable[..., Any]:
     return map
 
 
-def _with_check(original: Callable[..., Any]) -> Callable[..., Any]:
+def _with_check(original: Callable[..., Any], *, graph: bool) -> Callable[..., Any]:
     @functools.wraps(original)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         if holds_keras(list(args)) or holds_keras(kwargs):
-            _require_package(self)
+            require_package(self, on_scheduler=graph)
         try:
             return original(self, *args, **kwargs)
         except TypeError as error:  # which says no more than the class of what was sent
-            lost = _encode_error(error)
-            if lost is None or lost is error:
+            lost = _error_of_ours(error)
+            by_a_task = graph and _NOT_SENT not in str(error)  # get() raises what tasks do, too
+            if lost is None or by_a_task or isinstance(error, KerasSerializeError):
                 raise
             raise EncodeError(str(lost)) from error
 
     return checked
 
 
-def _encode_error(error: BaseException | None) -> EncodeError | None:
+#: What distributed says of what it cannot send (``distributed/protocol/serialize.py``).
+_NOT_SENT = "Could not serialize object of type"
+
+
+def _error_of_ours(error: BaseException | None) -> KerasSerializeError | None:
     """Find ours among the causes of an error."""
-    while error is not None and not isinstance(error, EncodeError):
+    while error is not None and not isinstance(error, KerasSerializeError):
         error = error.__cause__ or error.__context__
     return error
-
-
-def _require_package(client: Any) -> None:
-    """Raise on the client if a worker of its cluster lacks this package."""
-    if client.asynchronous:
-        identity = client.scheduler_info(n_workers=-1)
-    else:  # scheduler_info() returns at times what the client asks for itself, without workers
-        identity = client.sync(client.scheduler.identity, n_workers=-1)
-    workers = identity["workers"]
-    without = [address for address, worker in workers.items() if FORMAT not in worker]
-    if without:
-        raise MissingPackageError.on_workers(without, len(workers))
 
 
 def _call_method(*args: Any, __model: Any, __method: str, **kwargs: Any) -> Any:
@@ -222,7 +207,7 @@ _PLAIN = frozenset({str, bytes, int, float, bool, complex, type(None), np.ndarra
 
 
 def holds_keras(value: Any, depth: int = 3) -> bool:
-    """Say whether a value is Keras's, or a plain container with such among its first."""
+    """Say whether a value is Keras's, a method of it, or a plain container with such in front."""
     # not imported here: who imports Keras, in another thread, imports it too, at the end
     # (registration), and of two threads that wait for each other's modules one gets half of one
     private: Any = sys.modules.get("dask_keras_serialize.private")
@@ -231,24 +216,11 @@ def holds_keras(value: Any, depth: int = 3) -> bool:
     if isinstance(value, (*private.CITIZENS, *private.TRACKED)):
         return True
     items: Iterable[Any] = ()
-    if type(value) is dict:
+    if type(value) is MethodType:
+        items = (value.__self__,)
+    elif type(value) is dict:
         items = value.values()
     elif type(value) in (list, tuple, set):
         items = value
     # the first few: scattering a million numbers should not wait for us
     return depth > 0 and any(holds_keras(item, depth - 1) for item in islice(items, 32))
-
-
-def announce(worker: Any) -> None:
-    """Let workers tell their scheduler that they have this package.
-
-    Parameters
-    ----------
-    worker : module
-        ``distributed.worker``.
-    """
-    worker.DEFAULT_STARTUP_INFORMATION[FORMAT] = _version
-
-
-async def _version(worker: Any) -> str:
-    return package_version()

@@ -29,6 +29,10 @@ class DecodeError(KerasSerializeError, ValueError):
     """Bytes cannot be turned back into the model they came from."""
 
 
+class FormatError(DecodeError):
+    """Bytes are in a wire format of another version of this package."""
+
+
 class BusyError(EncodeError, DecodeError):
     """Neither can begin: another thread does not finish."""
 
@@ -42,7 +46,7 @@ class UnreachableError(KerasSerializeError, OSError):
 
 
 class MissingPackageError(KerasSerializeError, RuntimeError):
-    """A worker of the cluster lacks this package."""
+    """A worker of the cluster, or its scheduler, lacks this package."""
 
     @classmethod
     def on_workers(cls, addresses: Sequence[str], total: int) -> MissingPackageError:
@@ -51,6 +55,16 @@ class MissingPackageError(KerasSerializeError, RuntimeError):
             f"Keras models cannot be sent: the package dask-keras-serialize is not installed on "
             f"{len(addresses)} of {total} workers ({', '.join(addresses[:3])}): "
             "pip install dask-keras-serialize there and restart them"
+        )
+
+    @classmethod
+    def on_scheduler(cls, address: str = "") -> MissingPackageError:
+        """Name the scheduler without the package, and the way out."""
+        return cls(
+            "Keras models cannot be sent in task graphs: the package dask-keras-serialize is not "
+            f"installed on the scheduler{f' ({address})' if address else ''}: pip install "
+            "dask-keras-serialize there, without Keras, and restart it; or scatter the models, and "
+            "send the futures"
         )
 
 

@@ -24,7 +24,7 @@ import msgpack
 import numpy as np
 
 from dask_keras_serialize.cuda import DeviceFrame
-from dask_keras_serialize.errors import DecodeError
+from dask_keras_serialize.errors import DecodeError, FormatError
 from dask_keras_serialize.fingerprints import fingerprints
 from dask_keras_serialize.frames import AnyFrame, Location
 
@@ -187,7 +187,7 @@ class Header:
         ------
         DecodeError
             If it is no header of this package, of a format this version cannot
-            read, or not of one piece: a missing field, a wrong type, a shape that
+            read (FormatError), or not of one piece: a missing field, a wrong type, a shape that
             does not fit the bytes, an unknown dtype.
         """
         if not isinstance(wire, Mapping) or wire.get("format") != FORMAT:
@@ -197,7 +197,7 @@ class Header:
             )
         version = wire.get("format-version")
         if type(version) is not int or version != FORMAT_VERSION:
-            raise DecodeError(_other_format(wire, version))
+            raise FormatError(_other_format(wire, version))
         try:
             header = cls._read(wire)
             header.code  # noqa: B018  raises if it is malformed

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dask_keras_serialize import views
+from dask_keras_serialize import sides, views
 from dask_keras_serialize.broken import BrokenObject, broken
-from dask_keras_serialize.errors import DecodeError, MissingPackageError
+from dask_keras_serialize.errors import DecodeError, FormatError, MissingPackageError
 from dask_keras_serialize.frames import Frame, as_frames, own_mapping
 from dask_keras_serialize.header import FORMAT, Header, VariableEntry
 from dask_keras_serialize.whereabouts import caller
@@ -47,12 +48,21 @@ class Parcel:
     def __init__(
         self, header: bytes, buffers: Sequence[object], links: Sequence[Parcel] = ()
     ) -> None:
-        self.header = Header.from_bytes(header)
-        self.frames: list[Frame] = as_frames(buffers, self.header.owner)
+        self.frames: list[Frame] = as_frames(buffers, self._read(header))
         self._buffers = tuple(buffers)
         self.links = tuple(links)
         self._packed_header = header
         self._rebuilt: Rebuilt | None = None
+
+    def _read(self, header: bytes) -> str:
+        """Read the header; return what errors call the object."""
+        self._header = Header.from_bytes(header)
+        return self._header.owner
+
+    @property
+    def header(self) -> Header:
+        """What it says of itself."""
+        return self._header
 
     @property
     def nbytes(self) -> int:
@@ -147,10 +157,38 @@ class Parcel:
         return FORMAT, normalize_token([self._packed_header, *arrays, *self.links])
 
     def __repr__(self) -> str:
-        return f"<Parcel of {views.summary(self.header)}>"
+        return f"<Parcel of {self._summary()}>"
 
     def _repr_html_(self) -> str:
         return views.html(self.header)
+
+    def _summary(self) -> str:
+        return views.summary(self.header)
+
+
+class ForeignParcel(Parcel):
+    """One in another version's format: passed on unread, as a scheduler does.
+
+    Raises FormatError when asked for anything that stands in its header.
+    """
+
+    def _read(self, header: bytes) -> str:
+        try:
+            Header.from_bytes(header)
+        except FormatError as error:
+            self._why = str(error)  # its words alone: see BrokenObject
+        return "an object of another format"
+
+    @property
+    def header(self) -> Header:
+        """What nobody can read here."""
+        raise FormatError(self._why)
+
+    def _repr_html_(self) -> str:
+        return f"<div>{escape(repr(self))}</div>"
+
+    def _summary(self) -> str:
+        return self._why
 
 
 class PackedObject:
@@ -188,7 +226,7 @@ class PackedObject:
 
     def __repr__(self) -> str:
         part = "" if self.key is None else f" {self.key}"
-        return f"<PackedObject{part} of {views.summary(self.parcel.header)}>"
+        return f"<PackedObject{part} of {self.parcel._summary()}>"
 
     def _repr_html_(self) -> str:
         return self.parcel._repr_html_()
@@ -225,7 +263,7 @@ def importing_keras(header: Header) -> Iterator[None]:
         raise DecodeError(
             f"{header.owner}: Keras and its backend {header.backend!r} are needed to open it "
             f"and cannot be imported here ({error}): install them, as with pip install "
-            f"{FORMAT}[{header.backend}], and set KERAS_BACKEND"
+            f"{FORMAT}[{header.backend}], and set KERAS_BACKEND; {sides.named(header)}"
         ) from error
 
 
@@ -244,12 +282,13 @@ def receive(
     Returns
     -------
     Parcel
-        Or, on a worker where its header cannot be read, BrokenObject.
+        ForeignParcel if it is in another version's format; or, on a worker where its header
+        cannot be read, BrokenObject.
 
     Raises
     ------
     DecodeError
-        If its header cannot be read.
+        If its header cannot be read, in whatever format.
     """
     try:
         if not isinstance(links, list | tuple) or not all(map(_is_link, links)):
@@ -257,7 +296,10 @@ def receive(
         for link in links:
             if isinstance(link, BrokenObject):
                 return link
-        return Parcel(header, buffers, links)
+        try:
+            return Parcel(header, buffers, links)
+        except FormatError:
+            return ForeignParcel(header, buffers, links)
     except DecodeError as error:
         return broken(error)
 

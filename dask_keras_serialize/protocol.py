@@ -13,13 +13,13 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import keras
-from dask import config
 
 from dask_keras_serialize import (
     backends,
     by_config,
     by_value,
     cuda,
+    environment,
     fingerprints,
     frames,
     garbage,
@@ -32,7 +32,7 @@ from dask_keras_serialize import (
     templates,
 )
 from dask_keras_serialize.cuda import DeviceFrame
-from dask_keras_serialize.errors import DecodeError, EncodeError, KerasSerializeError, one_line
+from dask_keras_serialize.errors import DecodeError, EncodeError, one_line
 from dask_keras_serialize.frames import AnyFrame
 from dask_keras_serialize.header import (
     FORMAT,
@@ -40,8 +40,6 @@ from dask_keras_serialize.header import (
     Encoding,
     Header,
     VariableEntry,
-    minor,
-    python_version,
 )
 from dask_keras_serialize.parts import Description, Key, Rebuilt
 from dask_keras_serialize.rebuild import Values
@@ -287,7 +285,7 @@ def values_of(header: Header, parts: Sequence[AnyFrame]) -> Values:
     DecodeError
         If they are not those the header describes, or nothing can be made of them here.
     """
-    _check_environment(header)
+    environment.check(header)
     sizes, marks = header.frame_sizes, header.fingerprints
     fingerprints.check(parts, sizes, marks, header.whole, header.owner, header.unread)
     return Values(header, parts)
@@ -321,45 +319,3 @@ def _variables(obj: Any) -> list[keras.Variable]:
     if isinstance(obj, keras.Model):
         return by_config.variables_of(obj)
     return [obj] if isinstance(obj, keras.Variable) else list(getattr(obj, "variables", ()))
-
-
-def _check_environment(header: Header) -> None:
-    try:
-        here, _ = backends.current()
-    except KerasSerializeError as error:
-        raise DecodeError(f"{header.owner}: {error}") from None
-    if header.backend not in backends.NAMES:
-        raise DecodeError(f"{header.owner}: sent from an unknown backend {header.backend!r}")
-    if header.encoding == "config":
-        return
-    if config.get(f"{FORMAT}.by-value", True) is not True:  # "no" is no True either
-        code = ", ".join(name for name, _ in header.code) or "none"
-        raise DecodeError(
-            f"{header.owner}: it travels by value, which runs pickle, and the setting "
-            f"{FORMAT}.by-value forbids that here; code of its own that it names: {code}"
-        )
-    if header.backend != here:
-        _check_unbound(header, here)
-    ours = {"python": python_version(), "keras": keras.version()}
-    for what, version in ours.items():
-        theirs = header.versions.get(what, "an unknown version")
-        if minor(theirs) != minor(version):
-            raise DecodeError(
-                f"{header.owner}: sent by value from {what} {theirs}, which {what} {version} "
-                "here cannot read: use the same minor version on both sides"
-            )
-
-
-def _check_unbound(header: Header, here: str) -> None:
-    """Raise DecodeError if an object's code is bound to the backend that it comes from."""
-    try:
-        bound = [(str(owner), str(code)) for owner, code in header.body.get("bound", ())]
-    except (TypeError, ValueError) as error:
-        raise DecodeError(f"{header.owner}: malformed header: {error!r}; send it again") from None
-    for part, code in bound[:1]:
-        whose = "it" if part == header.owner else f"its {part}"
-        raise DecodeError(
-            f"{header.owner}: {whose} is bound to the backend {header.backend!r} by {code}, but "
-            f"Keras runs on {here!r} in this process: write that with keras.ops, or set "
-            f"KERAS_BACKEND to {header.backend!r} here"
-        )

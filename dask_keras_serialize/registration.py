@@ -37,8 +37,11 @@ What is taken, and what of it is private (each has a test that fails when it mov
   100 kB, but gives the task no priority, so that the scheduler raises
   AssertionError, and names it after the keyword alone, so that two models would be
   taken for one (``distributed/client.py``, ``_MapExpr._layer``).
-- ``Client.scatter`` and ``Client.submit``: ask first whether all workers have this
-  package.
+- ``Client.scatter``, ``submit``, ``compute``, ``persist`` and ``get``: ask first, if they see a
+  model, whether all workers, and but for the first the scheduler, have this package; and raise
+  what we say of one that cannot be sent, where Dask says no more than the class of what was sent.
+- ``set_error`` of ``distributed.client.FutureState``: says why a scheduler refused a graph, see
+  :mod:`dask_keras_serialize.presence`. Where it is not found, that is the cause of the error.
 - ``handshake_info`` of ``distributed.comm.core.Comm``, and ``write`` of distributed-ucxx: processes
   say whether they have a GPU, and those that have none get no models in a GPU's memory. Where
   ``handshake_info`` is not found, nobody says so, and models go by the host.
@@ -46,14 +49,14 @@ What is taken, and what of it is private (each has a test that fails when it mov
   memory, as those of distributed-ucxx.
 - the "dask" and "cuda" families of serializers, public: load models by their own header, without
   the class that Dask would unpickle first.
-- the "error" family of serializers, public: adds our name to the error of a worker
-  that returned a model through distributed's old handler.
+- the "error" family of serializers, public: raises ours as it was, and adds our name to the error
+  of a worker that returned a model through distributed's old handler.
 - ``Scheduler.update_graph``, ``_from_frames`` of ``distributed.comm.utils``, ``_instances`` of
   ``Worker`` and ``Scheduler``, read alone: who unpickles, where its temporary files may lie; see
   :mod:`dask_keras_serialize.whereabouts`. Where there are none, models are opened, errors raised at
   once, and files lie where Python puts them.
-- ``DEFAULT_STARTUP_INFORMATION`` of ``distributed.worker``, public: workers tell the
-  scheduler that they have this package, registered or not.
+- ``DEFAULT_STARTUP_INFORMATION`` of ``distributed.worker``, and ``Scheduler.identity``, public:
+  workers tell the scheduler, and it tells clients, that they have this package, registered or not.
 """
 
 from __future__ import annotations
@@ -66,9 +69,8 @@ from typing import Any
 
 import wrapt
 
+from dask_keras_serialize import presence
 from dask_keras_serialize.cluster import (
-    announce,
-    explain_error,
     only_to_gpus,
     or_keras,
     saying_gpu,
@@ -104,7 +106,8 @@ def on_dask_import(sizeof: Any) -> None:
     """
     from dask import config
 
-    wrapt.register_post_import_hook(announce, "distributed.worker")
+    wrapt.register_post_import_hook(presence.announce, "distributed.worker")
+    wrapt.register_post_import_hook(presence.announce_scheduler, "distributed.scheduler")
     if _registered is not None:  # the user, who imported us first, has said
         return
     if config.get(f"{FORMAT}.register", True):
@@ -226,7 +229,7 @@ def _take_serializers(protocol: Any) -> None:
     _take("cuda deserialize", protocol.cuda_deserialize, deserialize_keras)
     # not protocol.serialize, which is the function of that name
     families = sys.modules["distributed.protocol.serialize"].families
-    for name, ours in (("dask", loads), ("cuda", loads), ("error", explain_error)):
+    for name, ours in (("dask", loads), ("cuda", loads), ("error", presence.explain_error)):
         if name not in _before:
             dumps, original, _ = families[name]
             family = functools.partial(protocol.register_serialization_family, name, dumps)
@@ -283,6 +286,7 @@ def _reading_a_message(read: Callable[..., Any]) -> Callable[..., Any]:
 def _take_client(client: Any) -> None:
     if "client" not in _before:
         _before["client"] = wrap_client(client.Client)
+    _wrap("refusals", getattr(client, "FutureState", None), "set_error", presence.explain_refusal)
 
 
 def _take(slot: str, dispatch: Any, handler: Callable[..., Any]) -> None:

@@ -31,7 +31,7 @@ FLOORS = [
     {"states", "vetting"},
     {"layerwise", "mending"},
     {"shells"},
-    {"binding"},
+    {"binding", "environment"},
     {
         "private",
         "likeness",
@@ -54,7 +54,7 @@ FLOORS = [
     {"devices.tensorflow", "devices.jax", "devices.torch"},
     {"devices"},
     {"backends"},
-    {"verdict"},
+    {"verdict", "presence", "sides"},
     {"header", "strings", "meters", "garbage", "turns"},
     {"fingerprints", "whereabouts"},
     {"frames"},
@@ -65,7 +65,7 @@ FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in flo
 
 
 #: Modules below the picklers that a scheduler, or who only looks, loads.
-WITHOUT_KERAS = {"inside", "packed", "views", "mapped", "header", "frames", "errors"}
+WITHOUT_KERAS = {"inside", "packed", "views", "mapped", "header", "frames", "sides", "errors"}
 
 WITH_DISTRIBUTED = {"plugin", "placement", "warmup", "checkup", "doctor"}
 WITH_DISTRIBUTED |= {"workflows.averaging", "workflows.means", "workflows.searching"}

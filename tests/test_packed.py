@@ -4,6 +4,7 @@ import pickle
 from html.parser import HTMLParser
 
 import keras
+import msgpack
 import numpy as np
 import pytest
 from dask.base import tokenize
@@ -11,8 +12,9 @@ from dask.sizeof import sizeof
 
 from dask_keras_serialize import packed, views
 from dask_keras_serialize.broken import BrokenObject
-from dask_keras_serialize.errors import DecodeError, MissingPackageError
+from dask_keras_serialize.errors import DecodeError, FormatError, MissingPackageError
 from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
+from dask_keras_serialize.header import FORMAT, package_version
 from dask_keras_serialize.packed import PackedObject, Parcel
 from dask_keras_serialize.pickling import pack
 from tests import zoo
@@ -141,6 +143,50 @@ def test_a_closed_model_has_no_notebook_views_but_its_own():
     for name in ("_ipython_canary_method_should_not_exist_", "_repr_png_", "_ipython_display_"):
         assert not hasattr(closed, name)
     assert "<table>" in closed._repr_html_()
+
+
+def of_another_format(name):
+    """Pickle a model as another version might, and return what a receiver makes of that."""
+    receive, (header, links, *frames) = pack(zoo.build(name)).__reduce_ex__(5)
+    wire = msgpack.unpackb(header) | {"format-version": 2}
+    wire["versions"][FORMAT] = "9.9.9"
+    header = msgpack.packb(wire)
+    return header, receive(header, links, *frames)
+
+
+def test_another_format_is_passed_on_unread(monkeypatch):
+    header, parcel = of_another_format("trained")
+    monkeypatch.setattr(packed, "take", keep)
+    closed = pickle.loads(pickle.dumps(PackedObject(parcel).predict))
+    assert "predict of <PackedObject of model 'sequential" in repr(closed)
+    again = closed._packed.parcel
+    assert again._packed_header == header
+    assert sizeof(PackedObject(again)) >= again.nbytes == parcel.nbytes
+    assert tokenize(again) == tokenize(parcel) != tokenize(pack(zoo.build("trained")))
+    assert [bytes(f) for f in again.frames] == [bytes(f) for f in parcel.frames]
+    for view in (repr(again), again._repr_html_()):
+        assert "sent in wire format 2 by dask-keras-serialize 9.9.9" in view
+        assert view.isprintable()
+
+
+def test_another_format_is_refused_when_it_is_asked_for_anything():
+    _, parcel = of_another_format("trained subclassed")
+    for use in (
+        parcel.open,
+        lambda: parcel.header,
+        lambda: parcel.config,
+        lambda: parcel.variables,
+        lambda: parcel.versions,
+        lambda: parcel.code,
+        lambda: PackedObject(parcel).open(),
+        lambda: PackedObject(parcel).predict(zoo.X),
+        lambda: packed.take(parcel, None),
+        lambda: Parcel(parcel._packed_header, parcel.frames),
+    ):
+        with pytest.raises(FormatError, match=rf"^model 'sub.* 9\.9\.9.* {package_version()} here"):
+            use()
+    evil = msgpack.unpackb(parcel._packed_header) | {"owner": "<b>&"}
+    assert "<b>" not in packed.receive(msgpack.packb(evil), ())._repr_html_()
 
 
 def keep(parcel, key):

@@ -23,7 +23,7 @@ from keras.src.models import functional as functional_module
 from keras.src.models import model as model_module
 from keras.src.random import seed_generator
 
-from dask_keras_serialize import by_value, defaults, private, registration, shells
+from dask_keras_serialize import by_value, defaults, presence, private, registration, shells
 from dask_keras_serialize.errors import EncodeError
 from dask_keras_serialize.protocol import encode
 from tests import zoo
@@ -176,6 +176,10 @@ def test_dask_and_distributed():
     assert isinstance(dask.utils.Dispatch()._lazy, dict), "Dispatch._lazy"
     assert inspect.iscoroutinefunction(Scheduler.update_graph), "Scheduler.update_graph"
     assert "deserialize(expr_ser" in inspect.getsource(Scheduler.update_graph)
+    assert presence.UNREADABLE_GRAPH in inspect.getsource(Scheduler.update_graph)
+    assert "self.exception = exception" in inspect.getsource(
+        distributed.client.FutureState.set_error.__wrapped__
+    )
     assert "def _from_frames" in inspect.getsource(comm_utils.from_frames)
     for of_distributed in (distributed.Worker, Scheduler):
         assert hasattr(of_distributed, "_instances"), f"{of_distributed.__name__}._instances"
