@@ -46,7 +46,7 @@ def found(tmp_path_factory):
     """What became here of every model that the other environment wrote."""
     folder = tmp_path_factory.mktemp("written there")
     run_module("tests.golden", "write-all", folder, python=OTHER)
-    (models,) = golden.check_all(folder).values()
+    (models,) = golden.check_models(folder).values()
     return models
 
 

@@ -1,36 +1,45 @@
-"""Models pickled on each backend, with what they hold and predict: read on every other.
+"""Messages of every released format, with what was in them: read by every later version.
 
-``KERAS_BACKEND=jax python -m tests.golden`` writes those of a backend anew, and those by value into
-``by-value``, which only the same minor versions of Python and Keras can read. With ``write FOLDER``
-it writes all that can change backend, those by value too; with ``write-all FOLDER`` those as well
-that cannot; and with ``check FOLDER`` it reads all that is there, of every backend, and prints as
-JSON what became of it.
+``tests/golden/<format>/<backend>/<sample>.xz`` holds a message, what its object was and predicted,
+and what one more step of training made of it. ``python -m tests.golden`` writes those of the
+format that this version writes, and of the backend that ``KERAS_BACKEND`` names, but none that is
+there; ``--again`` writes these too. Versions are of one minor version's by value: what is of
+another is refused.
+
+With ``write FOLDER`` it writes all models of the tests that can change backend, those by value too;
+with ``write-all FOLDER`` those as well that cannot; and with ``check FOLDER`` it reads all that is
+there, of every backend, and prints as JSON what became of it.
 """
 
 from __future__ import annotations
 
+import lzma
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import keras
+import msgpack
 import numpy as np
+from distributed.protocol import deserialize, serialize
 
 from dask_keras_serialize import skew
+from dask_keras_serialize.frames import as_frames, layout
+from dask_keras_serialize.header import FORMAT, FORMAT_VERSION, Header, VariableEntry, minor
 from tests import zoo
+from tests.golden import added, facts, samples, wire
+from tests.golden.facts import TOLERANCE as TOLERANCE
 
 FOLDER = Path(__file__).parent
+HEADER = "header.msgpack"
 
-#: The largest difference between predictions, which backends compute in other orders.
-TOLERANCE = 1e-5
-#: In half precision: so many of its last places.
-LASTS = 4
-
-NAMES = ("trained", "trained functional", "trained two outputs", "recurrent", "nested", "adapted")
-
-BY_VALUE = ("trained subclassed", "trained with setstate", "lambda and custom layer")
+#: Of arrays in a header: around those that make a frame of their own, and a line of a cache.
+SIZES = (0, 1, 63, 64, 65, 65535, 65536, 65537, 0, 10**9)
 
 #: Those that hold what only the backend has where they are made.
 BOUND = {*zoo.IN_TENSORFLOW, "trained under float64", "trained under mixed_float16"}
@@ -61,20 +70,6 @@ def every_model() -> dict[str, Callable[[], keras.Model]]:
     return {name: lambda name=name: zoo.build(name) for name in zoo.ALL if name not in _UNBUILT}
 
 
-def arrays(model: keras.Model) -> list[Any]:
-    """Return the values of all variables, those of seeds as far as backends agree on them."""
-    values = [(v, keras.ops.convert_to_numpy(v.value)) for v in zoo.variables_of(model)]
-    return [a.astype("int64") if "seed" in v.path else plain(a) for v, a in values]
-
-
-def plain(array: Any) -> Any:
-    """Return an array that can be pickled between versions.
-
-    One of bfloat16 from another ml_dtypes changes what this process takes for bfloat16.
-    """
-    return array.astype("float32") if array.dtype.kind == "V" else array
-
-
 def inputs_for(model: keras.Model) -> Any:
     """Make a batch the model takes, of NumPy's arrays."""
     if type(model).__module__.startswith("keras_hub"):
@@ -84,66 +79,151 @@ def inputs_for(model: keras.Model) -> Any:
     return keras.tree.map_structure(np.asarray, zoo.inputs_for(model))
 
 
-def predictions(model: keras.Model, inputs: Any) -> list[Any]:
-    """Return what a model makes of a batch, which leaves no state behind."""
-    return [
-        plain(np.asarray(keras.ops.convert_to_numpy(each)))
-        for each in keras.tree.flatten(model(inputs, training=False))
-    ]
+def send(obj: Any, route: str) -> Any:
+    """Return what an object is on a route: bytes of a pickle, or a header and frames."""
+    if route == "dask":
+        header, frames = serialize(obj, serializers=["dask"], on_error="raise")
+        return msgpack.packb(header, use_bin_type=True), [bytes(frame) for frame in frames]
+    if route == "cloudpickle":
+        return bytes(cloudpickle.dumps(obj))
+    return pickle.dumps(obj, int(route.partition(" ")[2] or 5))
 
 
-def write(folder: Path, makers: dict[str, Callable[[], keras.Model]]) -> None:
-    """Write the file of this process's backend."""
-    content: dict[str, Any] = {}
-    for name, make in makers.items():
-        model = make()
-        inputs = inputs_for(model)
-        sent = pickle.dumps(model, 5)
-        content[name] = sent, inputs, arrays(model), predictions(model, inputs)
-    (folder / f"{keras.backend.backend()}.pickle").write_bytes(pickle.dumps(content, 5))
+def receive(sent: Any) -> Any:
+    """Return the object of what :func:`send` returned."""
+    if isinstance(sent, bytes):
+        return pickle.loads(sent)
+    header, frames = sent
+    return deserialize(msgpack.unpackb(header, use_list=False), frames)
 
 
-def write_by_value(folder: Path) -> None:
-    """Write the file of what goes by value, with the versions that it was written by."""
-    write(folder, {name: zoo.ALL[name] for name in BY_VALUE})
-    content = read(folder, keras.backend.backend()) | {"versions": skew.versions()}
-    (folder / f"{keras.backend.backend()}.pickle").write_bytes(pickle.dumps(content, 5))
+def goes_by_value(sent: Any) -> bool:
+    """Say whether anything in a message goes by value."""
+    return b"\xa8encoding\xa5value" in (sent if isinstance(sent, bytes) else sent[0])
 
 
-def read(folder: Path, backend: str) -> dict[str, Any]:
-    """Read the file of a backend."""
-    content: dict[str, Any] = pickle.loads((folder / f"{backend}.pickle").read_bytes())
+def record(obj: Any, route: str = "pickle", batch: Any = None) -> dict[str, Any]:
+    """Return a message with what is known of its object, which is used up."""
+    first = obj[0] if isinstance(obj, tuple) else obj
+    content = {"versions": skew.versions(), "sent": send(obj, route), "is": facts.of(obj)}
+    if batch is not None:
+        content["batch"] = batch
+        content["predicted"] = facts.predictions(first, batch[0])
+        content["step"] = facts.step(first, *batch)
     return content
 
 
-def check(name: str, sent: bytes, inputs: Any, values: list[Any], predicted: list[Any]) -> float:
-    """Fail unless a model arrives and goes on; return by how much its predictions differ."""
-    model = pickle.loads(sent)
-    for ours, theirs in zip(arrays(model), values, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+def check(content: dict[str, Any], targets: Any = None) -> float:
+    """Fail unless an object arrives as it was and goes on so; return how its predictions differ.
+
+    With other targets than the file's, it trains on with the optimizer that it came with.
+    """
+    obj = receive(content["sent"])
+    first = obj[0] if isinstance(obj, tuple) else obj
+    facts.same(facts.of(obj), content["is"])
     most = 0.0
-    for ours, theirs in zip(predictions(model, inputs), predicted, strict=True):
-        assert ours.dtype == theirs.dtype
-        last = float(np.finfo(ours.dtype).eps) if ours.dtype.kind == "f" else 0.0
-        within = max(TOLERANCE, LASTS * last)
-        np.testing.assert_allclose(ours, theirs, atol=within, rtol=within)
-        most = max(most, float(np.abs(ours.astype("float64") - theirs).max()))
-    if "trained" in name:  # and it trains on, with the optimizer it came with
-        assert model.compiled
-        assert int(model.optimizer.iterations) > 0
-        target = zoo.TARGETS[zoo.TARGET.get(name, "sparse")]
-        model.fit(zoo.X, target, batch_size=16, verbose=0)
-        assert np.isfinite(model.history.history["loss"]).all()
+    if "batch" in content:
+        most = facts.close(facts.predictions(first, content["batch"][0]), content["predicted"])
+    if "step" in content:
+        facts.close(facts.step(first, *content["batch"]), content["step"])
+    if targets is not None:
+        assert first.compiled
+        assert int(first.optimizer.iterations) > 0
+        first.fit(zoo.X, targets, batch_size=16, verbose=0)
+        assert np.isfinite(first.history.history["loss"]).all()
     return most
 
 
-def check_all(folder: Path) -> dict[str, dict[str, float | str]]:
+def folder(number: int, backend: str) -> Path:
+    """Return where a backend's files of a format are."""
+    return FOLDER / str(number) / backend
+
+
+def read(number: int, backend: str, name: str) -> dict[str, Any]:
+    """Read a file."""
+    path = folder(number, backend) / f"{name}.xz"
+    content: dict[str, Any] = pickle.loads(lzma.decompress(path.read_bytes()))
+    return content
+
+
+def names(number: int, backend: str) -> list[str]:
+    """Return the names of a format's files of a backend."""
+    return sorted(path.stem for path in folder(number, backend).glob("*.xz"))
+
+
+def bare_header() -> bytes:
+    """Return a header of this format with all that can be in it, on every machine the same."""
+    frames = as_frames([bytes(range(250)) * 4, bytes(range(256)) * 300], "it")
+    variables = tuple(
+        VariableEntry(f"a/{i}", (size,), "uint8", bool(i % 2), location)
+        for i, (size, location) in enumerate(zip(SIZES, layout(SIZES), strict=True))
+    )
+    body = {"extras": [], "placements": [[0, [[2], ["mesh"], ["mesh", None]]]]}
+    versions = {"python": "3", "keras": "4", "jax": "5", FORMAT: "6"}
+    header = Header("config", "model 'a'", "a", "A", "jax", versions, body, variables)
+    header = replace(header.with_frames(frames), unread=(1,), whole=(0,), byteorder="little")
+    return header.to_bytes()
+
+
+def write(again: bool = False) -> None:
+    """Write what is missing of this backend and format, or all."""
+    where = folder(FORMAT_VERSION, keras.backend.backend())
+    where.mkdir(parents=True, exist_ok=True)
+    makers: dict[Path, Callable[[], bytes]] = {where.parent / HEADER: bare_header}
+    makers |= {where / f"{name}.xz": partial(written, name) for name in samples.here()}
+    for path, make in makers.items():
+        if path.exists() and not again:
+            print(f"{path} is there, and is kept; --again writes it anew")
+        else:
+            path.write_bytes(make())
+
+
+def written(name: str) -> bytes:
+    """Return the file of a sample."""
+    obj = samples.make(name)
+    _, route, batch, _ = samples.SAMPLES[name]
+    content = {"added": added.to(obj)} | record(obj, route, batch and batch())
+    return lzma.compress(pickle.dumps(content, 5))
+
+
+def changed(name: str) -> str | None:
+    """Say what of a sample's bytes is not as this format's file has it; None if nothing."""
+    content = read(FORMAT_VERSION, keras.backend.backend(), name)
+    obj = samples.make(name)
+    then, now = wire.view(content["sent"]), wire.view(send(obj, samples.SAMPLES[name].route))
+    found = wire.difference(now.ours, then.ours)
+    found = found or wire.difference([added.to(obj)], [content["added"]], "/added")
+    if not found and alike(content["versions"]):
+        found = wire.difference(now.theirs, then.theirs, "/theirs")
+    return found
+
+
+def alike(versions: dict[str, str]) -> bool:
+    """Say whether Keras is of these versions, and Python and the backend of their minor ones."""
+    here = skew.versions()
+    minors = (minor(here[what]) == minor(versions[what]) for what in here if what != FORMAT)
+    return here["keras"] == versions["keras"] and all(minors)
+
+
+def write_models(where: Path, makers: dict[str, Callable[[], keras.Model]]) -> None:
+    """Write one file of this process's backend, of models of the tests."""
+    content = {}
+    for name, make in makers.items():
+        model = make()
+        inputs = inputs_for(model)
+        predicted = facts.predictions(model, inputs)
+        content[name] = record(model) | {"batch": (inputs,), "predicted": predicted}
+    (where / f"{keras.backend.backend()}.pickle").write_bytes(pickle.dumps(content, 5))
+
+
+def check_models(where: Path) -> dict[str, dict[str, float | str]]:
     """Check all models of every backend; return their differences, or what was wrong."""
     found: dict[str, dict[str, float | str]] = {}
-    for backend in sorted(path.stem for path in folder.glob("*.pickle")):
-        for name, sent in read(folder, backend).items():
+    for path in sorted(where.glob("*.pickle")):
+        for name, content in pickle.loads(path.read_bytes()).items():
+            targets = zoo.TARGETS[zoo.TARGET.get(name, "sparse")] if "trained" in name else None
             try:
-                found.setdefault(backend, {})[name] = check(name, *sent)
+                found.setdefault(path.stem, {})[name] = check(content, targets)
             except Exception as error:  # reported by name, whatever it is; the next is checked too
-                found.setdefault(backend, {})[name] = repr(error)
+                found.setdefault(path.stem, {})[name] = repr(error)
     return found

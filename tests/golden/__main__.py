@@ -2,15 +2,14 @@ import json
 import sys
 from pathlib import Path
 
-from tests import golden, zoo
+from tests import golden
 
 match sys.argv[1:]:
-    case []:
-        golden.write(golden.FOLDER, {name: zoo.ALL[name] for name in golden.NAMES})
-        golden.write_by_value(golden.FOLDER / "by-value")
+    case [] | ["--again"]:
+        golden.write(again=bool(sys.argv[1:]))
     case ["write", folder]:
-        golden.write(Path(folder), golden.models())
+        golden.write_models(Path(folder), golden.models())
     case ["write-all", folder]:
-        golden.write(Path(folder), golden.every_model())
+        golden.write_models(Path(folder), golden.every_model())
     case ["check", folder]:
-        print(json.dumps(golden.check_all(Path(folder))))
+        print(json.dumps(golden.check_models(Path(folder))))
