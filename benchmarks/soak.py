@@ -1,21 +1,24 @@
-"""Models without end through four workers: python benchmarks/soak.py [--seconds 600].
+"""Models without end through workers: python benchmarks/soak.py [--seconds 600] [--threads 2].
 
 In each round models of three kinds (a functional one with its trained optimizer, a subclassed one
 by value, a dense one of 16 MiB), of other numbers each time, go the ways that models go: scattered
 and gathered; broadcast; as a task's argument, run there and returned; spilled and read again, for
 the workers keep less in memory than there is. So do four of architectures that no process has seen
-before, each three times: what arrives a third time is cloned from a template. All are dropped after
-their checksums were compared, and after each round every process says how much memory, and how
-many descriptors, threads and live objects of Keras it has.
+before, each three times: what arrives a third time is cloned from a template. Some of what arrived
+predicts, as one here does. All are dropped after their checksums were compared, and after each
+round every process says how much memory, and how many descriptors, threads and live objects of
+Keras it has, and how many models this package has rebuilt there.
 
 At the end the first third of the rounds is left out, in which pools and caches fill. Exit status 1
-where over the others memory grew by more than a twentieth, or in a worker by more than 20 kB for
-each model that it had, by its slope (the median of those between any two rounds: Theil and Sen's),
-or where anything else was more by a few at the end.
+where over the others memory grew by more than a twentieth, or in a worker by more than KEPT bytes
+for each model rebuilt in it, by its slope (the median of those between any two rounds: Theil and
+Sen's), or where anything else was more by a few at the end. What Keras builds on workers, and what
+comes back to the client, does not count as rebuilt.
 
 Nothing is trained on the way: what is measured is this package. Keras on TensorFlow keeps some MB
 of each model that a process trains, on a cluster or not; ``--train N`` says how much, by training N
-pairs of models here, one after the other, without any serialization.
+pairs of models here, one after the other, without any serialization; ``--predict N`` the same of
+models that only predict.
 """
 
 from __future__ import annotations
@@ -28,18 +31,22 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
 
 WORKERS = 4
 
+#: Of each process, beside how much it has: how many were rebuilt there.
+REBUILT = "rebuilt"
+
 #: What there may be more at the end than after a third: memory, a part; the rest, a number.
 MEMORY_PART, NUMBER = 0.05, 8
 
-#: Bytes that a worker may keep of a model that it had: pools settle for as long as it runs.
+#: Bytes that a worker may keep of a model rebuilt in it: pools settle for as long as it runs.
 KEPT = 20_000
 
 #: Architectures in each round that are in no other.
@@ -97,19 +104,43 @@ def refill(model: Any, number: int) -> None:
         variable.assign(np.random.default_rng(number).random(variable.shape, np.float32))
 
 
-def kept_of_training(count: int) -> float:
-    """Train so many pairs of models by Keras alone; return the bytes kept of each pair."""
+def predict(model: Any) -> Any:
+    """Return what a model predicts for a batch."""
+    width = model.inputs[0].shape[-1] if getattr(model, "inputs", None) else 32
+    return np.asarray(model.predict(np.ones((4, width), np.float32), verbose=0))
+
+
+def kept_of(use: Callable[[int], Any], count: int) -> float:
+    """Use so many models by Keras alone; return the bytes kept of each use."""
     before = 0
     for number in range(-5, count):
-        build(0)
+        use(number)
         if number == -1:
             before = stand()["memory"]
     return (stand()["memory"] - before) / count
 
 
+def count_rebuilds() -> None:
+    """Count from now on what this package rebuilds in this process, whatever way it came."""
+    from dask_keras_serialize import protocol
+
+    whole, lock = protocol._decode, threading.Lock()
+
+    def decode(*arguments: Any) -> Any:
+        rebuilt = whole(*arguments)
+        with lock:
+            decode.rebuilt += 1  # type: ignore[attr-defined]
+        return rebuilt
+
+    decode.rebuilt = 0  # type: ignore[attr-defined]
+    protocol._decode = decode
+
+
 def stand() -> dict[str, int]:
     """Say what a process has."""
     import keras
+
+    from dask_keras_serialize import protocol
 
     gc.collect()
     kinds = (keras.Layer, keras.Variable)
@@ -120,6 +151,7 @@ def stand() -> dict[str, int]:
         "threads": threading.active_count(),
         # by type(): asking some of torch's objects for their class warns
         "objects": sum(issubclass(type(each), kinds) for each in gc.get_objects()),
+        REBUILT: getattr(protocol._decode, "rebuilt", 0),
     }
 
 
@@ -127,14 +159,23 @@ def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--threads", type=int, default=2, help="of each worker")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round there")
     parser.add_argument(
         "--train", type=int, default=0, metavar="N", help="train N pairs by Keras alone"
     )
+    parser.add_argument(
+        "--predict", type=int, default=0, metavar="N", help="predict with N models by Keras alone"
+    )
     options = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if options.train:
-        print(f"{kept_of_training(options.train) / 1e6:.1f} MB kept of two models trained")
+        kept_bytes = kept_of(lambda _: build(0), options.train)
+        print(f"{kept_bytes / 1e6:.1f} MB kept of two models trained")
+        return 0
+    if options.predict:
+        kept_bytes = kept_of(lambda number: predict(new_architecture(number)), options.predict)
+        print(f"{kept_bytes / 1e3:.1f} kB kept of a model that predicted")
         return 0
     import dask
     from distributed import Client, LocalCluster
@@ -152,11 +193,12 @@ def main() -> int:
     rounds: list[dict[str, Any]] = []
     models = 0
     with (
-        LocalCluster(n_workers=WORKERS, threads_per_worker=2, memory_limit="2 GiB",
+        LocalCluster(n_workers=WORKERS, threads_per_worker=options.threads, memory_limit="2 GiB",
                      dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):  # fmt: skip
         workers = sorted(client.scheduler_info(n_workers=-1)["workers"])
+        client.run(count_rebuilds)
         began = time.monotonic()
         while time.monotonic() - began < options.seconds:
             models += one_round(client, workers, kinds, len(rounds))
@@ -165,7 +207,11 @@ def main() -> int:
             report(rounds[-1])
     if options.json:
         options.json.write_text(json.dumps(rounds))
-    print(f"{models} models in {rounds[-1]['seconds']:.0f} s, {len(rounds)} rounds")
+    rebuilt = sum(each[REBUILT] for each in rounds[-1]["found"].values())
+    print(
+        f"{models} models moved, {rebuilt} of them rebuilt in workers, in "
+        f"{rounds[-1]['seconds']:.0f} s, {len(rounds)} rounds"
+    )
     settled = rounds[len(rounds) // 3 :]
     grown = growth(settled)
     print("\n".join(grown) or "nothing grew")
@@ -188,10 +234,14 @@ def one_round(client: Any, workers: list[str], models: list[Any], number: int) -
     ]
     assert client.gather(sums) == expected * len(workers)
     moved += len(models) * len(workers)
+    there = workers[number % len(workers)]  # each in its turn: it takes Keras half a second
+    found = client.gather([client.submit(predict, m, workers=[there], pure=False) for m in held])
+    for one, model in zip(found, models, strict=True):
+        np.testing.assert_allclose(one, predict(model), rtol=1e-4, atol=1e-4)
     back = client.gather([client.submit(run, each, pure=False) for each in held])
     assert [sums for sums, _ in back] == [checksum(model) for _, model in back]
     moved += 2 * len(models)
-    del held, sums
+    del held, sums, back
     fresh = [new_architecture(number * NEW + i) for i in range(NEW)]
     expected = [checksum(model) for model in fresh]
     for _ in range(3):
@@ -202,6 +252,10 @@ def one_round(client: Any, workers: list[str], models: list[Any], number: int) -
         ]
         assert client.gather(sums) == expected * len(workers)
         moved += len(fresh) * len(workers)
+    # one that nobody has predicted with before
+    one = client.submit(predict, fresh[0], workers=[there], pure=False).result()
+    np.testing.assert_allclose(one, predict(fresh[0]), rtol=1e-4, atol=1e-4)
+    moved += 1
     # 40 of 16 MiB: more than workers keep, so most are spilled, and read again
     many = [client.submit(filled, i, pure=False) for i in range(40)]
     assert client.gather([client.submit(checksum, each) for each in many]) == [
@@ -245,7 +299,7 @@ def growth(rounds: list[dict[str, Any]]) -> list[str]:
         return ["too few rounds to say: give it more seconds"]
     grown = []
     for who in rounds[-1]["found"]:
-        for key in rounds[-1]["found"][who]:
+        for key in rounds[-1]["found"][who].keys() - {REBUILT}:
             values = [each["found"][who][key] for each in rounds]
             if key == "memory":
                 limit, more = MEMORY_PART * values[0], slope(values) * len(values)
@@ -255,10 +309,10 @@ def growth(rounds: list[dict[str, Any]]) -> list[str]:
                 more = statistics.median(values[half:]) - statistics.median(values[:half])
             if more > limit:
                 grown.append(f"{who}: {key} of {values[0]} grew by {more:.0f}")
-    most = kept(rounds)
-    print(f"at most {most:.0f} bytes more in a worker for each model that it had")
-    if most > KEPT:
-        grown.append(f"that is more than {KEPT}")
+    most = max(kept(rounds, who) for who in rounds[-1]["found"] if who != "client")
+    print(most)
+    if most.of_a_model > KEPT:
+        grown.append(f"that is more than {KEPT} bytes for each model")
     return grown
 
 
@@ -271,11 +325,26 @@ def slope(values: list[int]) -> float:
     )
 
 
-def kept(rounds: list[dict[str, Any]]) -> float:
-    """Return the bytes that the worker which keeps most keeps of a model, by that slope."""
-    workers = rounds[-1]["found"].keys() - {"client"}
-    models = (rounds[-1]["models"] - rounds[0]["models"]) / (len(rounds) - 1) / len(workers)
-    return max(slope([each["found"][w]["memory"] for each in rounds]) for w in workers) / models
+class Kept(NamedTuple):
+    """What a worker keeps of the models that were rebuilt in it, in bytes, by that slope."""
+
+    of_a_model: float
+    of_a_round: float
+    models: float
+
+    def __str__(self) -> str:
+        return (
+            f"the steepest worker grows by {self.of_a_round:.0f} bytes a round, "
+            f"{self.of_a_model:.0f} for each of {self.models:.0f} models rebuilt in it"
+        )
+
+
+def kept(rounds: list[dict[str, Any]], worker: str) -> Kept:
+    """Return what a worker keeps."""
+    found = [each["found"][worker] for each in rounds]
+    models = (found[-1][REBUILT] - found[0][REBUILT]) / (len(rounds) - 1)
+    of_a_round = slope([each["memory"] for each in found])
+    return Kept(of_a_round / models, of_a_round, models)
 
 
 if __name__ == "__main__":

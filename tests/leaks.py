@@ -1,4 +1,4 @@
-"""What a test may not leave behind in its process: threads, open files, locks.
+"""What a test may not leave behind in its process: threads, descriptors, servers, locks.
 
 The fixture ``nothing_is_left`` compares before and after each test. That nothing of what was
 received stays exported is what ``test_leaks.py`` asks.
@@ -11,19 +11,33 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import dask.threaded
-from distributed import Client, Worker
+import psutil
+from distributed import Client, Scheduler, Worker
 from distributed.core import Status
 
-from dask_keras_serialize import aside
+from dask_keras_serialize import offload
+from dask_keras_serialize.turns import Turn
 
-#: Threads of pools that a process keeps: distributed's, this package's, asyncio's, loky's.
-KEPT = ("Dask-Offload", "Dask-Keras", "asyncio_", "ExecutorManagerThread")
+#: How the names of threads begin of pools that a process keeps: distributed's
+#: (``distributed/utils.py``), those of event loops, joblib's (``joblib/externals/loky``).
+KEPT = ("Dask-Offload", "asyncio_", "ExecutorManagerThread")
 
 #: Of a cluster that several tests share, and its workers.
 OF_CLUSTERS = ("AsyncProcess", "QueueFeederThread", "IO loop", "Profile", "Dask-Default-Threads")
+
+#: Modules that keep a pipe open for as long as a process lives: to the process that counts shared
+#: memory and semaphores, which Python starts with the first process that it spawns, as a nanny
+#: does (``multiprocessing/resource_tracker.py``), and joblib a second one of its own
+#: (``joblib/externals/loky/backend/resource_tracker.py``).
+TRACKERS = ("multiprocessing.resource_tracker", "joblib.externals.loky.backend.resource_tracker")
+
+_LOCKS = (type(threading.Lock()), type(threading.RLock()), Turn)
 
 
 @dataclass
@@ -31,46 +45,78 @@ class Standing:
     """What there is in this process."""
 
     threads: set[threading.Thread]
-    files: set[str]
-    clients: set[int]
-    workers: set[int]
+    files: Counter[str]
+    servers: set[int]
 
 
 def standing() -> Standing:
     """Look at this process."""
-    workers = {id(each) for each in list(Worker._instances) if each.status != Status.closed}
-    return Standing(set(threading.enumerate()), open_files(), open_clients(), workers)
+    return Standing(set(threading.enumerate()), open_files(), set(open_servers()))
 
 
-def open_clients() -> set[int]:
-    """Return the clients of clusters, each by its ``id()``, that are not closed."""
-    return {id(client) for client in list(Client._instances) if client.status != "closed"}
+def open_servers() -> dict[int, Any]:
+    """Return the clients, workers and schedulers that are not closed, each by its ``id()``."""
+    every = [each for cls in (Client, Worker, Scheduler) for each in list(cls._instances)]
+    return {id(each): each for each in every if each.status not in ("closed", Status.closed)}
 
 
-def open_files() -> set[str]:
-    """Return the files and sockets that are open, by descriptor; none but on Linux."""
-    found = set()
+def open_files() -> Counter[str]:
+    """Count what is open, files, sockets, pipes and all else, by its name; none but on Linux."""
+    found: Counter[str] = Counter()
     for name in os.listdir("/proc/self/fd") if sys.platform == "linux" else ():
         try:
-            target = os.readlink(f"/proc/self/fd/{name}")
+            found[os.readlink(f"/proc/self/fd/{name}")] += 1
         except OSError:  # that of the listing itself
             continue
-        # not what packages keep open of their own: fonts, libraries
-        kept = ("/dev", "/proc", "/usr", sys.prefix, sys.base_prefix)
-        if target.startswith(("/", "socket:")) and not target.startswith(kept):
-            found.add(f"file {name}, {target}")
     return found
 
 
-def locks_held() -> list[str]:
-    """Name the locks of this package that a thread has."""
+def trackers() -> Counter[str]:
+    """Count the pipes that a process keeps."""
+    modules = filter(None, map(sys.modules.get, TRACKERS))
+    numbers = [module._resource_tracker._fd for module in modules]
+    return Counter(os.readlink(f"/proc/self/fd/{n}") for n in numbers if n is not None)
+
+
+def locks() -> Iterator[tuple[str, Any]]:
+    """Yield every lock that a module of this package has, and those of models, by a name."""
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "dask_keras_serialize":
+            found = [
+                (each, lock) for each, lock in vars(module).items() if isinstance(lock, _LOCKS)
+            ]
+            yield from ((f"{name}.{each}", lock) for each, lock in found)
     jax = sys.modules.get("dask_keras_serialize.backends.jax_trainer")
-    torch = sys.modules.get("dask_keras_serialize.backends.torch")
-    return [
-        *(["the lock of rebuilds"] if aside.LOCK.taken else []),
-        *("the turn of a model" for turn in list(jax.TURNS.values() if jax else ()) if turn.taken),
-        *(["torch's writes"] if torch and "unlocked" not in repr(torch.WRITES) else []),
-    ]
+    yield from (("the turn of a model", turn) for turn in list(jax.TURNS.values() if jax else ()))
+
+
+def locks_held() -> list[str]:
+    """Name the locks of this package that cannot be had, whatever they say of themselves."""
+    # a Turn whose owner was interrupted before it could say so is held, and says that it is not
+    every = [(name, lock._lock if isinstance(lock, Turn) else lock) for name, lock in locks()]
+    return refused(every)
+
+
+def refused(every: list[tuple[str, Any]]) -> list[str]:
+    """Name the locks that a new thread or this one cannot have.
+
+    A new one, for who has an RLock may take it again; and this one, for the new thread may have
+    got the number of one that ended with an RLock.
+    """
+    found: dict[str, None] = {}
+
+    def try_all() -> None:
+        for name, lock in every:
+            if lock.acquire(blocking=False):
+                lock.release()
+            else:
+                found[name] = None
+
+    thread = threading.Thread(target=try_all, name="tries locks")
+    thread.start()
+    thread.join()
+    try_all()
+    return list(found)
 
 
 def left(before: Standing, seconds: float = 10) -> list[str]:
@@ -84,16 +130,49 @@ def left(before: Standing, seconds: float = 10) -> list[str]:
 
 def _left(before: Standing) -> list[str]:
     # whoever shares a client or workers with other tests keeps connections, and workers' threads
-    shared = bool(before.clients or before.workers)
-    kept = (*KEPT, *OF_CLUSTERS) if shared else KEPT
+    servers = open_servers()
+    shared = [each for key, each in servers.items() if key in before.servers]
     pools = [dask.threaded.default_pool]  # of dask.compute without a cluster
     pools += [pool for some in dask.threaded.pools.values() for pool in some.values()]
+    # our own has so many at most; others of its name are nobody's
+    pools += [offload._threads]
     threads = set(threading.enumerate()) - before.threads
     threads -= {thread for pool in filter(None, pools) for thread in pool._threads}
-    files = {each for each in open_files() - before.files if not (shared and "socket:" in each)}
+    if shared:  # a worker's threads have its name before theirs
+        threads = {each for each in threads if not any(part in each.name for part in OF_CLUSTERS)}
+    files = open_files() - before.files - trackers()
+    if shared and any(each.startswith("socket:") for each in files):
+        for each in connections(ports_of(shared)):
+            files.pop(each, None)
     return [
-        *(f"thread {each.name!r}" for each in threads if not any(k in each.name for k in kept)),
-        *(f"open {name}" for name in sorted(files)),
-        *("a client" for _ in open_clients() - before.clients),
+        *(f"thread {each.name!r}" for each in threads if not each.name.startswith(KEPT)),
+        *(f"open {name}" + (f", {n} times" if n > 1 else "") for name, n in sorted(files.items())),
+        *(f"a {type(servers[key]).__name__}" for key in servers.keys() - before.servers),
         *locks_held(),
     ]
+
+
+def ports_of(servers: list[Any]) -> set[int]:
+    """Return the ports at which the clusters of clients and workers listen."""
+    addresses = []
+    for each in servers:
+        if isinstance(each, Client):
+            workers = each.scheduler_info(n_workers=-1)["workers"]
+            addresses += [each.scheduler.address, *workers]
+            addresses += [worker.get("nanny") for worker in workers.values()]
+        else:
+            addresses += [each.address, getattr(each, "scheduler", each).address]
+    ports = (str(address).rpartition(":")[2] for address in addresses)
+    return {int(port) for port in ports if port.isdecimal()}
+
+
+def connections(ports: set[int]) -> set[str]:
+    """Return the sockets with an end at one of these ports, as ``open_files`` names them."""
+    found = set()
+    for each in psutil.Process().net_connections("inet"):
+        if ports & {end.port for end in (each.laddr, each.raddr) if end}:
+            try:
+                found.add(os.readlink(f"/proc/self/fd/{each.fd}"))
+            except OSError:  # it is closed by now
+                continue
+    return found

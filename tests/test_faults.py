@@ -8,8 +8,10 @@ process too, is as it was: no key, no file, no descriptor, no memory more.
 import contextlib
 import errno
 import gc
+import itertools
 import math
 import os
+import pickle
 import shlex
 import signal
 import subprocess
@@ -27,6 +29,7 @@ from distributed import Client, Future, KilledWorker, wait
 from distributed.client import FutureCancelledError
 from distributed.utils import DequeHandler
 
+from dask_keras_serialize import DecodeError
 from tests.conftest import ROOT, free_ports, shipped
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(280)]
@@ -174,7 +177,7 @@ def let_go_of_garbage(client):
     client.run(gc.collect)
 
 
-def assert_nothing_is_left(client, files, memory=200 * MEBIBYTE):
+def assert_nothing_is_left(client, files, memory=100 * MEBIBYTE):
     """The scheduler knows no key, and processes have what they had."""
     gc.collect()  # errors, whose tracebacks hold futures
     until(lambda: not client.run_on_scheduler(keys), "the scheduler still has keys")
@@ -193,8 +196,10 @@ def keys(dask_scheduler):
 def stands(*pids):
     """Say what processes have, and this one, which keeps the model it has made.
 
+    The scheduler is to be among them wherever it lives on: all that goes by it is to go.
     TensorFlow's allocator would keep its memory: what counts is what sending takes.
     """
+    gc.collect()  # the model of the test before, by which this process might have more again
     return {pid: (open_files(pid), resident(pid)) for pid in (os.getpid(), *pids)}
 
 
@@ -204,7 +209,7 @@ def test_one_is_killed_while_a_worker_receives_a_model(cluster, who):
     cluster.start_worker("b", nanny=True)
     with cluster.client() as client:
         model = dense(GIBIBYTE)
-        before = stands(pid_of(client, "a"))
+        before = stands(cluster.scheduler.pid, pid_of(client, "a"))
         held = client.scatter(model, workers=["a"], direct=True, hash=False)
         there = pid_of(client, "b")
         sums = client.submit(checksum, held, workers=["b"], allow_other_workers=True)
@@ -264,61 +269,234 @@ def slow_by_config(client, mark):
 
 
 @shipped
-def slow_down(cls, method, mark):
+def slow_down(cls, method, mark, after=False):
     whole = getattr(cls, method)
 
     def slowed(self, *arguments):
+        if after:
+            whole(self, *arguments)
         take_time(mark)
-        return whole(self, *arguments)
+        return None if after else whole(self, *arguments)
 
     setattr(cls, method, slowed)
 
 
-@pytest.mark.parametrize("slow", [slow_by_value, slow_by_config])
-def test_a_worker_is_killed_while_it_rebuilds_a_model(cluster, tmp_path, slow):
+ALONE = "worker without a nanny"
+
+
+@pytest.mark.parametrize(
+    ("slow", "who"),
+    [
+        (slow_by_value, "worker"),
+        (slow_by_value, "nanny"),
+        (slow_by_config, "worker"),
+        (slow_by_config, ALONE),
+    ],
+)
+def test_one_is_killed_while_a_worker_rebuilds_a_model(cluster, tmp_path, slow, who):
     cluster.start_worker("a")
-    cluster.start_worker("b", nanny=True)
+    cluster.start_worker("b", nanny=who != ALONE)
     with cluster.client() as client:
-        before = stands(pid_of(client, "a"))
-        mark = tmp_path / "mark"
+        before = stands(cluster.scheduler.pid, pid_of(client, "a"))
+        mark, folder = tmp_path / "mark", tmp_path / "b"
         model = slow(client, mark)
+        there = files_in(folder)
         with ThreadPoolExecutor() as threads:
             held = threads.submit(client.scatter, model, workers=["b"], hash=False)
             until(lambda: mark.exists() and mark.read_text(), "no rebuild has begun")
-            written = assets_in(tmp_path / "b")
+            written = files_in(folder) - there
             assert bool(written) == hasattr(model.layers[-1], "save_assets")
-            os.kill(int(mark.read_text()), signal.SIGKILL)
+            rebuilds = int(mark.read_text())
+            os.kill(cluster.workers["b"].pid if who == "nanny" else rebuilds, signal.SIGKILL)
             # it was nowhere but there
             with pytest.raises(OSError, match=r"(?i)closed|lost|timed out") as lost:
                 held.result(timeout=100)
             assert "\n" not in str(lost.value)
         assert not client.run_on_scheduler(keys)
-        client.wait_for_workers(2, timeout=60)
-        assert not assets_in(tmp_path / "b")
+        if who == "nanny":
+            until(lambda: not psutil.pid_exists(rebuilds), "a worker outlives its nanny")
+        elif who == ALONE:
+            # nobody is there to remove its folder, but the next worker that works there:
+            # WorkSpace of distributed/diskutils.py, which sees that its lock is nobody's
+            cluster.workers["b"].wait(60)
+            assert files_in(folder) - there == written
+            cluster.start_worker("b")
+        client.wait_for_workers(1 if who == "nanny" else 2, timeout=60)
+        until(lambda: not files_in(folder) - there, "files stay in the worker's folder")
         again = client.scatter(model, hash=False)
         assert client.submit(checksum, again).result(timeout=60) == checksum(model)
         del again, held, lost
         assert_nothing_is_left(client, before)
 
 
-def assets_in(folder):
-    return [path for path in folder.rglob("*") if path.suffix == ".txt"]
+def files_in(folder):
+    """Return the files in a worker's folder, but for distributed's own locks."""
+    return {
+        path for path in folder.rglob("*")
+        if path.is_file() and path.suffix not in (".lock", ".dirlock")
+    }  # fmt: skip
 
 
-def test_a_worker_is_killed_in_a_broadcast(cluster):
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="others' layers have no files to write"
+)
+def test_a_client_is_killed_while_it_writes_the_files_of_a_layer(cluster, tmp_path):
+    """They stay where temporary files lie: nobody else knows of them; a cluster has nothing of it.
+
+    Who is interrupted removes them (``tempfile.TemporaryDirectory``), who is killed cannot.
+    """
+    cluster.start_worker("a")
+    mark, folder = tmp_path / "mark", tmp_path / "of the client"
+    folder.mkdir()
+    with cluster.client() as client:
+        before = stands(cluster.scheduler.pid, pid_of(client, "a"))
+        sender = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(WRITER), cluster.address, mark],
+            cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ | {"TMPDIR": str(folder)},
+        )  # fmt: skip
+        try:
+            until(lambda: mark.exists() and mark.read_text(), "nothing was written")
+            written = files_in(folder)
+            assert written
+        finally:
+            sender.kill()
+            sender.wait()
+        assert files_in(folder) == written
+        until(lambda: client.run_on_scheduler(clients) == 1, "the scheduler waits for the client")
+        model = dense(MEBIBYTE)
+        assert client.submit(checksum, model).result(timeout=60) == checksum(model)
+        assert_nothing_is_left(client, before)
+
+
+WRITER = """
+    import sys
+
+    import keras
+    from distributed import Client
+    from tests import test_faults
+
+    words = keras.layers.StringLookup()
+    words.set_vocabulary(["a", "b"])
+    model = keras.Sequential([keras.Input((1,), dtype="string"), words])
+    test_faults.slow_down(keras.layers.StringLookup, "save_assets", sys.argv[2], after=True)
+    with Client(sys.argv[1]) as client:
+        client.scatter(model, hash=False)
+"""
+
+
+@shipped
+def clients(dask_scheduler):
+    return sum(name.startswith("Client-") for name in dask_scheduler.clients)
+
+
+@shipped
+class Fails:
+    """Cannot be rebuilt in one process."""
+
+    def __init__(self, pid):
+        self.pid = pid
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        if os.getpid() == self.pid:
+            raise RuntimeError("it fails\nin the middle")
+
+
+def failing_by_value(client, nbytes):
+    model = dense(nbytes)
+    model.note = Fails(pid_of(client, "b"))
+    return model
+
+
+def failing_by_config(client, nbytes):
+    model = dense(nbytes)
+    there = [address_of(client, "b")]
+    client.run(break_build, model.input_shape[-1], workers=there)
+    return model
+
+
+@shipped
+def break_build(width):
+    """Have layers of such an input fail when they have their kernel."""
+    whole = keras.layers.Dense.build
+
+    def build(self, input_shape):
+        whole(self, input_shape)
+        if input_shape[-1] == width:
+            raise RuntimeError("it fails\nin the middle")
+
+    keras.layers.Dense.build = build
+
+
+@shipped
+def layers_alive():
+    """Name this process's layers, when those that nobody has are gone."""
+    gc.collect()
+    found = [each for each in gc.get_objects() if issubclass(type(each), keras.Layer)]
+    return sorted(f"{type(each).__name__} {vars(each).get('name')}" for each in found)
+
+
+def acquaint(client):
+    """Have two workers send each other models both ways: what they keep of a first is no leak."""
+    for note, (one, other) in itertools.product((None, "by value"), ("ab", "ba")):
+        model = dense(MEBIBYTE)
+        if note:
+            model.note = note
+        held = client.scatter(model, workers=[one], direct=True, hash=False)
+        sums = client.submit(checksum, held, workers=[other], pure=False)
+        assert sums.result(timeout=60) == checksum(model)
+        del held, sums
+    let_go_of_garbage(client)
+
+
+@pytest.mark.parametrize("failing", [failing_by_value, failing_by_config])
+def test_a_rebuild_fails_in_the_middle_in_a_worker_that_lives_on(cluster, failing):
+    """The task that needs the model fails, no other; and the worker keeps nothing of it."""
+    for name in "ab":
+        cluster.start_worker(name)
+    with cluster.client() as client:
+        there = {"workers": [address_of(client, "b")]}
+        other = dense(MEBIBYTE)
+        model = failing(client, 256 * MEBIBYTE)
+        acquaint(client)
+        before = stands(cluster.scheduler.pid, *(pid_of(client, name) for name in "ab"))
+        alive = client.run(layers_alive)
+        held = client.scatter(model, workers=["a"], direct=True, hash=False)
+        sums = client.submit(checksum, held, **there)
+        among = [client.submit(checksum, other, pure=False, **there) for _ in range(4)]
+        with pytest.raises(DecodeError, match="it fails") as failed:
+            sums.result(timeout=60)
+        assert "\n" not in str(failed.value)
+        assert client.gather(among) == [checksum(other)] * 4
+        # and it is whole where it came from
+        whole = client.submit(checksum, held, workers=["a"], pure=False)
+        assert whole.result(timeout=60) == checksum(model)
+        failed.value.__traceback__ = None  # by which the client's own copy holds the future
+        # what stands in the worker for the model has nothing of it
+        let_go_of_garbage(client)
+        assert client.run(layers_alive, **there) == {key: alive[key] for key in there["workers"]}
+        del held, sums, among, whole, failed
+        assert_nothing_is_left(client, before, memory=50 * MEBIBYTE)
+        assert client.run(layers_alive) == alive
+
+
+@pytest.mark.parametrize("who", ["worker", "nanny"])
+def test_one_is_killed_in_a_broadcast(cluster, who):
     """The others get the model; the call ends once nobody wants it for the one that is gone.
 
     ``Scheduler.replicate`` (dask/distributed#5704) goes on asking a worker that is gone for as
     long as the key is wanted, whatever it is of.
     """
-    for name in "abc":
+    for name in "ab":
         cluster.start_worker(name)
+    cluster.start_worker("c", nanny=who == "nanny")
     with cluster.client() as client, ThreadPoolExecutor() as threads:
         model = dense(512 * MEBIBYTE)
-        before = stands(pid_of(client, "a"), pid_of(client, "b"))
+        before = stands(cluster.scheduler.pid, *(pid_of(client, name) for name in "ab"))
         others = {address_of(client, name) for name in "ab"}
         there = pid_of(client, "c")
-        killed = threads.submit(kill_when_it_grows, there, 100 * MEBIBYTE)
+        victim = there if who == "worker" else cluster.workers["c"].pid
+        killed = threads.submit(kill_when_it_grows, there, 100 * MEBIBYTE, victim)
         call = threads.submit(client.scatter, model, broadcast=True, hash=False)
         killed.result()
         until(
@@ -428,7 +606,7 @@ def test_the_disk_is_full_when_models_are_spilled(cluster, processes, short_of_d
     cluster.start_worker("a", "--memory-limit", "2GiB", before=before, **limits)
     with cluster.client() as client:
         model = dense(100 * MEBIBYTE)
-        stood = stands(pid_of(client, "a"))
+        stood = stands(cluster.scheduler.pid, pid_of(client, "a"))
         held = [client.submit(made, 100 * MEBIBYTE, i, pure=False) for i in range(8)]
         wait(held, timeout=120)
         tasks = [client.submit(checksum, each) for each in held]
@@ -468,14 +646,17 @@ def made(nbytes, number):
     return model
 
 
-def test_a_model_is_more_than_a_worker_may_have(cluster):
+def test_models_are_more_than_a_worker_may_have(cluster, tmp_path):
+    """Rebuilds go on until the nanny ends the worker."""
     cluster.start_worker("a", "--memory-limit", "1500MiB", nanny=True)
     with cluster.client() as client:
-        before = stands(cluster.workers["a"].pid)
-        task = client.submit(hoard, 100 * MEBIBYTE, 100, retries=0)
+        before = stands(cluster.scheduler.pid, cluster.workers["a"].pid)
+        mark = tmp_path / "mark"
+        task = client.submit(hoard, dense(100 * MEBIBYTE), str(mark), retries=0)
         with pytest.raises(KilledWorker, match="hoard") as killed:
             task.result(timeout=200)
         assert "\n" not in str(killed.value)
+        assert int(mark.read_text()) > 5
         killed.value.__traceback__ = None  # by which the client's own copy holds the future
         client.wait_for_workers(1, timeout=60)
         model = dense(MEBIBYTE)
@@ -485,10 +666,16 @@ def test_a_model_is_more_than_a_worker_may_have(cluster):
 
 
 @shipped
-def hoard(nbytes, count):
+def hoard(model, mark):
+    """Rebuild a model again and again; write down how many it is."""
+    from dask_keras_serialize import templates  # not a global: a scheduler unpickles this
+
+    packed = pickle.dumps(model, protocol=5)  # in band: each rebuild takes memory of its own
     models = []
-    for _ in range(count):
-        models.append(dense(nbytes))
+    while len(models) < 100:
+        models.append(pickle.loads(packed))
+        with open(mark, "w") as file:
+            file.write(str(templates.counts.total()))
         time.sleep(0.3)  # the nanny looks several times a second
     return len(models)
 
@@ -499,7 +686,7 @@ def test_a_worker_has_no_memory_for_a_model_that_arrives(cluster, processes):
     cluster.start_worker("b")
     with cluster.client() as client:
         model = dense(400 * MEBIBYTE)
-        before = stands(*(pid_of(client, name) for name in "ab"))
+        before = stands(cluster.scheduler.pid, *(pid_of(client, name) for name in "ab"))
         there = {"workers": [address_of(client, "b")]}
         client.run(limit_memory, 200 * MEBIBYTE, **there)
         held = client.scatter(model, workers=["a"], direct=True, hash=False)
@@ -643,7 +830,7 @@ def test_the_network_between_two_workers_is_cut(network, processes, tmp_path):
     with cluster.client() as client:
         here, there = (pid_of(client, name) for name in "ab")
         model = dense(GIBIBYTE)
-        before = stands(here, there)
+        before = stands(cluster.scheduler.pid, here, there)
         held = client.scatter(model, workers=["a"], direct=True, hash=False)
         sums = client.submit(checksum, held, workers=["b"])
         until(lambda: resident(there) > before[there][1] + 100 * MEBIBYTE, "nothing was sent")
