@@ -193,8 +193,8 @@ INTERRUPTED = """
         templates.forget()
         after = chosen.uniform(0, whole)
         timer = threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
         try:
+            timer.start()
             deserialize_keras(header, frames)
             timer.join()
             time.sleep(0.01)
