@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from dask_keras_serialize.private import LOOKUPS
 from tests import zoo
 
 #: The largest difference between predictions, which backends compute in other orders.
@@ -44,10 +45,7 @@ def of_model(model: keras.Model) -> dict[str, Any]:
     found: dict[str, Any] = {
         "built": [model.built, model.compiled],
         "policy": model.dtype_policy.name,
-        "layers": [
-            [type(layer).__name__, layer is not model and layer.name, layer.trainable]
-            for layer in layers
-        ],
+        "layers": [[type(each).__name__, named(each, model), each.trainable] for each in layers],
         "words": [vocabularies(layer) for layer in layers],
         "graphs": [graph(layer) for layer in layers],
         "history": plain_history(vars(model).get("history")),
@@ -56,6 +54,11 @@ def of_model(model: keras.Model) -> dict[str, Any]:
         found["metrics"] = [[type(metric).__name__, metric.name] for metric in model.metrics]
         found |= of_optimizer(model.optimizer)
     return found
+
+
+def named(layer: Any, model: Any) -> str | None:
+    """Return a layer's name, but for what is counted where it is made, inside of another."""
+    return None if layer is model or isinstance(layer, LOOKUPS) else layer.name
 
 
 def of_optimizer(optimizer: Any) -> dict[str, Any]:
