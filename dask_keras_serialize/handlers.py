@@ -78,7 +78,7 @@ def deserialize_keras(header: dict[str, Any], frames: list[Any]) -> Any:
 
         return decode(checked, frames, keep=True)
     except DecodeError as error:
-        return broken(error)
+        return broken(error, header, frames)
 
 
 def serialize_on_gpu(obj: Any) -> tuple[dict[str, Any], list[Any]]:

@@ -70,6 +70,7 @@ from typing import Any
 import wrapt
 
 from dask_keras_serialize import presence
+from dask_keras_serialize.broken import BrokenObject, serialize_broken
 from dask_keras_serialize.cluster import (
     only_to_gpus,
     or_keras,
@@ -227,6 +228,7 @@ def _take_serializers(protocol: Any) -> None:
     _take("deserialize", protocol.dask_deserialize, deserialize_keras)
     _take("cuda serialize", protocol.cuda_serialize, serialize_on_gpu)
     _take("cuda deserialize", protocol.cuda_deserialize, deserialize_keras)
+    protocol.dask_serialize.register(BrokenObject, serialize_broken)
     # not protocol.serialize, which is the function of that name
     families = sys.modules["distributed.protocol.serialize"].families
     for name, ours in (("dask", loads), ("cuda", loads), ("error", presence.explain_error)):

@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 import json
 import pickle
 from html.parser import HTMLParser
@@ -9,11 +10,11 @@ import numpy as np
 import pytest
 from dask.base import tokenize
 from dask.sizeof import sizeof
+from distributed import protocol
 
 from dask_keras_serialize import packed, views
 from dask_keras_serialize.broken import BrokenObject
 from dask_keras_serialize.errors import DecodeError, FormatError, MissingPackageError
-from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
 from dask_keras_serialize.header import FORMAT, package_version
 from dask_keras_serialize.packed import PackedObject, Parcel
 from dask_keras_serialize.pickling import pack
@@ -240,22 +241,36 @@ def test_links_that_are_none_are_an_error(links):
         packed.receive(header, links)
 
 
-def test_what_a_worker_holds_of_a_broken_object_is_its_error_alone(monkeypatch):
-    """Not the buffers it came in, nor what was rebuilt of it when that failed."""
+def test_a_worker_passes_on_what_it_cannot_open(monkeypatch):
+    """It may be the only one that has it; and it keeps nothing of what failed to be rebuilt."""
 
     def fails(self, *arguments):
         raise RuntimeError("no bias")
 
-    header, frames = serialize_keras(zoo.build("sequential"))
+    source = zoo.build("sequential")
+    header, frames = protocol.serialize(source)
     buffers = [bytearray(frame) for frame in frames]
-    monkeypatch.setattr("dask_keras_serialize.broken.read_by_worker", lambda: True)
-    monkeypatch.setattr(keras.layers.Dense, "build", fails)
-    held = deserialize_keras(header, buffers)
-    assert type(held) is BrokenObject
+    layers = layers_alive()
+    with monkeypatch.context() as patch:
+        patch.setattr("dask_keras_serialize.broken.read_by_worker", lambda: True)
+        patch.setattr(keras.layers.Dense, "build", fails)
+        held = protocol.deserialize(header, buffers)
+        assert type(held) is BrokenObject
+        assert layers_alive() == layers
+        assert sizeof(held) > sum(map(len, buffers))
+        for _ in range(2):
+            with pytest.raises(DecodeError, match="no bias") as info:
+                held()
+            assert info.value.__cause__ is info.value.__context__ is None
+        assert "no bias" in repr(pickle.loads(pickle.dumps(held)))
+    again, passed_on = protocol.serialize(held)
+    assert [bytes(frame) for frame in passed_on] == [bytes(frame) for frame in buffers]
+    zoo.assert_same(source, protocol.deserialize(again, [bytearray(each) for each in passed_on]))
+    del held, passed_on, info
     for buffer in buffers:
         buffer.append(0)
-    for _ in range(2):
-        with pytest.raises(DecodeError, match="no bias") as info:
-            held()
-        assert info.value.__cause__ is info.value.__context__ is None
-    assert "no bias" in repr(pickle.loads(pickle.dumps(held)))
+
+
+def layers_alive():
+    gc.collect()
+    return sum(issubclass(type(each), keras.Layer) for each in gc.get_objects())
