@@ -608,7 +608,7 @@ def test_the_disk_is_full_when_models_are_spilled(cluster, processes, short_of_d
     cluster.start_worker("a", "--memory-limit", "2GiB", before=before, **limits)
     with cluster.client() as client:
         model = dense(100 * MEBIBYTE)
-        stood = stands(cluster.scheduler.pid, pid_of(client, "a"))
+        stood = stands(pid_of(client, "a"))
         held = [client.submit(made, 100 * MEBIBYTE, i, pure=False) for i in range(8)]
         wait(held, timeout=120)
         tasks = [client.submit(checksum, each) for each in held]
@@ -619,7 +619,7 @@ def test_the_disk_is_full_when_models_are_spilled(cluster, processes, short_of_d
         )
         assert says in processes.log(1)
         del held, tasks
-        assert_nothing_is_left(client, stood)
+        assert_nothing_is_left(client, stood, memory=200 * MEBIBYTE)
     cluster.workers["a"].terminate()  # with what is left of spills that failed
     cluster.workers["a"].wait(30)
     assert not [path for path in (tmp_path / "a").rglob("storage/*") if path.is_file()]
@@ -654,11 +654,11 @@ def test_models_are_more_than_a_worker_may_have(cluster, tmp_path):
     with cluster.client() as client:
         before = stands(cluster.scheduler.pid, cluster.workers["a"].pid)
         mark = tmp_path / "mark"
-        task = client.submit(hoard, dense(100 * MEBIBYTE), str(mark), retries=0)
+        task = client.submit(hoard, 100 * MEBIBYTE, str(mark), retries=0)
         with pytest.raises(KilledWorker, match="hoard") as killed:
             task.result(timeout=200)
         assert "\n" not in str(killed.value)
-        assert int(mark.read_text()) > 5
+        assert int(mark.read_text()) > 2
         killed.value.__traceback__ = None  # by which the client's own copy holds the future
         client.wait_for_workers(1, timeout=60)
         model = dense(MEBIBYTE)
@@ -668,11 +668,11 @@ def test_models_are_more_than_a_worker_may_have(cluster, tmp_path):
 
 
 @shipped
-def hoard(model, mark):
+def hoard(nbytes, mark):
     """Rebuild a model again and again; write down how many it is."""
     from dask_keras_serialize import templates  # not a global: a scheduler unpickles this
 
-    packed = pickle.dumps(model, protocol=5)  # in band: each rebuild takes memory of its own
+    packed = pickle.dumps(dense(nbytes), protocol=5)  # in band: each takes memory of its own
     models = []
     while len(models) < 100:
         models.append(pickle.loads(packed))
