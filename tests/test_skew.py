@@ -88,6 +88,13 @@ def test_the_bytes_of_a_header_are_those_of_the_format():
     Header.from_bytes(path.read_bytes())
 
 
+def test_how_values_lie_is_said_as_the_format_has_it(monkeypatch):
+    """As if on several devices, which few machines have."""
+    monkeypatch.setattr(backends.current()[1], "placement", lambda variable: ["mesh", "axis"])
+    header, _ = serialize_keras(samples.make("large"))
+    assert header["body"]["placements"] == [[0, ["mesh", "axis"]], [1, ["mesh", "axis"]]], REMEDY
+
+
 RELEASED = range(1, FORMAT_VERSION + 1)
 
 

@@ -181,8 +181,9 @@ def write(again: bool = False) -> None:
 def written(name: str) -> bytes:
     """Return the file of a sample."""
     obj = samples.make(name)
-    _, route, batch, _ = samples.SAMPLES[name]
-    content = {"added": added.to(obj)} | record(obj, route, batch and batch())
+    sample = samples.SAMPLES[name]
+    batch = sample.batch() if sample.batch else None
+    content = {"added": added.to(obj)} | record(obj, sample.route, batch)
     return lzma.compress(pickle.dumps(content, 5))
 
 
@@ -211,8 +212,8 @@ def write_models(where: Path, makers: dict[str, Callable[[], keras.Model]]) -> N
     for name, make in makers.items():
         model = make()
         inputs = inputs_for(model)
-        predicted = facts.predictions(model, inputs)
-        content[name] = record(model) | {"batch": (inputs,), "predicted": predicted}
+        content[name] = record(model) | {"batch": (inputs,)}
+        content[name]["predicted"] = facts.predictions(model, inputs)
     (where / f"{keras.backend.backend()}.pickle").write_bytes(pickle.dumps(content, 5))
 
 

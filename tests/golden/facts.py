@@ -7,7 +7,6 @@ from typing import Any
 import keras
 import numpy as np
 
-from dask_keras_serialize.private import LOOKUPS
 from tests import zoo
 
 #: The largest difference between predictions, which backends compute in other orders.
@@ -41,11 +40,14 @@ def of(obj: Any) -> Any:
 
 
 def of_model(model: keras.Model) -> dict[str, Any]:
-    layers = list(model._flatten_layers())
+    layers, names = list(model._flatten_layers()), chosen(model)
     found: dict[str, Any] = {
         "built": [model.built, model.compiled],
         "policy": model.dtype_policy.name,
-        "layers": [[type(each).__name__, named(each, model), each.trainable] for each in layers],
+        "layers": [
+            [type(each).__name__, id(each) in names and each.name, each.trainable]
+            for each in layers
+        ],
         "words": [vocabularies(layer) for layer in layers],
         "graphs": [graph(layer) for layer in layers],
         "history": plain_history(vars(model).get("history")),
@@ -56,9 +58,10 @@ def of_model(model: keras.Model) -> dict[str, Any]:
     return found
 
 
-def named(layer: Any, model: Any) -> str | None:
-    """Return a layer's name, but for what is counted where it is made, inside of another."""
-    return None if layer is model or isinstance(layer, LOOKUPS) else layer.name
+def chosen(model: keras.Model) -> set[int]:
+    """Return the layers whose names users choose; what is inside of others is counted."""
+    inside = [layer for layer in model.layers if isinstance(layer, keras.Model)]
+    return {*map(id, model.layers)}.union(*map(chosen, inside))
 
 
 def of_optimizer(optimizer: Any) -> dict[str, Any]:

@@ -100,6 +100,8 @@ def message(pairs: Any, frames: list[bytes]) -> Parts:
     header["versions"] = [key for key, _ in header["versions"]]
     if "config" in body:
         body["config"], theirs = of_config(body["config"])
+        theirs += [path for path, *_ in header["variables"]]
+        header["variables"] = [row[1:] for row in header["variables"]]
         header["body"] = [[key, body[key]] for key, _ in header["body"]]
         return Parts([[[key, header[key]] for key in order], frames], theirs)
     frames, stream = of_value(header, body, frames)
