@@ -196,6 +196,7 @@ def test_a_truncated_pickle_is_an_error_not_half_a_model():
 
 class Named:
     owner = "model 'm'"
+    code = ()
     backend = keras.backend.backend()
     versions: ClassVar = skew.versions()
 
