@@ -68,6 +68,7 @@ def of_optimizer(optimizer: Any) -> dict[str, Any]:
     """Return an optimizer's rate or schedule, what it decays, and whose turn each variable is."""
     rate = getattr(optimizer, "_learning_rate", None)
     is_number = isinstance(rate, keras.Variable)
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # the outer lists them or not
     trained = optimizer._trainable_variables if optimizer.built else ()
     chosen = getattr(optimizer, "_var_to_optimizer_idx", None)
     decays = getattr(optimizer, "weight_decay", None)
