@@ -68,11 +68,13 @@ def of_optimizer(optimizer: Any) -> dict[str, Any]:
     """Return an optimizer's rate or schedule, what it decays, and whose turn each variable is."""
     rate = getattr(optimizer, "_learning_rate", None)
     is_number = isinstance(rate, keras.Variable)
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # the outer lists them or not
     trained = optimizer._trainable_variables if optimizer.built else ()
     chosen = getattr(optimizer, "_var_to_optimizer_idx", None)
+    decays = getattr(optimizer, "weight_decay", None)
     return {
         "rate": float(rate) if is_number else [type(rate).__name__, plain_config(rate)],
-        "decayed": [v.path for v in trained if optimizer._use_weight_decay(v)],
+        "decayed": [v.path for v in trained if decays and optimizer._use_weight_decay(v)],
         "trained": [v.path for v in trained],
         "places": [optimizer._get_variable_index(v) for v in trained],
         "chosen": chosen and [chosen.get(optimizer._var_key(v)) for v in trained],
@@ -103,7 +105,7 @@ def plain_history(history: Any) -> Any:
     """Return what ``fit`` left, or what a user put in its place."""
     if isinstance(history, keras.callbacks.History):
         return [history.history, getattr(history, "epoch", None), history.params]
-    return history
+    return dict(history) if isinstance(history, dict) else history  # not one that Keras watches
 
 
 def plain_config(obj: Any) -> Any:
