@@ -204,9 +204,10 @@ def main() -> None:
         model = cases.build(workload, settings)
         nbytes = protocol.nbytes(model)
         report(workload, nbytes, moves(model, arguments.repetitions))
-    report(workload, nbytes, cluster(model, arguments.workers, "tcp"))
-    if find_spec("distributed_ucxx"):
-        report(workload, nbytes, cluster(model, 2, "ucxx"))
+        if workload == cases.RESNET:
+            report(workload, nbytes, cluster(model, arguments.workers, "tcp"))
+            if find_spec("distributed_ucxx"):
+                report(workload, nbytes, cluster(model, 2, "ucxx"))
     result = {"devices": cards, "used": gpus, **cases.environment(), "rows": rows}
     path = Path(__file__).with_name(f"gpu-{NAME}.json")
     path.write_text(json.dumps(result, indent=1) + "\n")

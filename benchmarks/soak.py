@@ -120,20 +120,24 @@ def kept_of(use: Callable[[int], Any], count: int) -> float:
     return (stand()["memory"] - before) / count
 
 
+class Counted:
+    """A function of any thread's, and how often it has returned."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.lock, self.returned = function, threading.Lock(), 0
+
+    def __call__(self, *arguments: Any) -> Any:
+        result = self.function(*arguments)
+        with self.lock:
+            self.returned += 1
+        return result
+
+
 def count_rebuilds() -> None:
     """Count from now on what this package rebuilds in this process, whatever way it came."""
     from dask_keras_serialize import protocol
 
-    whole, lock = protocol._decode, threading.Lock()
-
-    def decode(*arguments: Any) -> Any:
-        rebuilt = whole(*arguments)
-        with lock:
-            decode.rebuilt += 1  # type: ignore[attr-defined]
-        return rebuilt
-
-    decode.rebuilt = 0  # type: ignore[attr-defined]
-    protocol._decode = decode
+    protocol._decode = Counted(protocol._decode)
 
 
 def stand() -> dict[str, int]:
@@ -151,7 +155,7 @@ def stand() -> dict[str, int]:
         "threads": threading.active_count(),
         # by type(): asking some of torch's objects for their class warns
         "objects": sum(issubclass(type(each), kinds) for each in gc.get_objects()),
-        REBUILT: getattr(protocol._decode, "rebuilt", 0),
+        REBUILT: getattr(protocol._decode, "returned", 0),
     }
 
 

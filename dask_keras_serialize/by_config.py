@@ -194,11 +194,11 @@ def load(vetted: Vetted, values: Values, extras: list[Array]) -> Rebuilt:
 
 def _check_class(model: Any, values: Values) -> None:
     """Raise DecodeError unless a model is what the header says, wherever Keras keeps that now."""
-    owner, name = values.header.owner, values.header.class_name
-    if type(model).__qualname__ != name.rpartition(".")[2]:
+    header = values.header
+    if not header.is_of(type(model)):
         raise DecodeError(
-            f"{owner}: its config cannot be rebuilt here: it is a {type(model).__qualname__}'s, "
-            f"and a {name} was sent; send it again"
+            f"{header.owner}: its config cannot be rebuilt here: it is a "
+            f"{type(model).__qualname__}'s, and a {header.class_name} was sent; send it again"
         )
 
 

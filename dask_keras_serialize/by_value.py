@@ -321,9 +321,9 @@ class _Load:
         if self.translation:
             self.translation.complete([shell for shell, _ in filled])
         header = self.values.header
-        # not the whole name: a class by value arrives without its __qualname__
-        as_sent = type(root).__name__ == header.class_name.rpartition(".")[2]
-        if not as_sent and not (self.translation and self.translation.renames(header.class_name)):
+        renamed = self.translation and self.translation.renames(header.class_name)
+        # by its name alone: a class by value arrives without its __qualname__
+        if not header.is_of(type(root)) and not renamed:
             raise DecodeError(f"{header.owner}: the pickle holds a {type(root).__qualname__}")
         if sorted(map(id, self.shells.values())) != sorted(id(shell) for shell, _ in filled):
             raise DecodeError(

@@ -16,7 +16,7 @@ import keras
 
 from dask_keras_serialize import backends, private, vetting
 from dask_keras_serialize.aside import aside
-from dask_keras_serialize.layerwise import functional, layer_loss, model_loss
+from dask_keras_serialize.layerwise import layer_loss, model_classes, model_loss
 from dask_keras_serialize.likeness import (
     FUNCTIONS,
     attribute_lost,
@@ -47,7 +47,7 @@ def loss_by_config(
     -----
     Copies: none; variables are not read. Costs about a tenth of making the config.
     """
-    if type(model) not in (keras.Sequential, keras.Model, functional()):
+    if type(model) not in model_classes():
         return f"{type(model).__qualname__} is a subclass of Model, with Python state of its own"
     foreign = (None if _only_keras(text) else _foreign(config)) or _foreign([compile_config])
     if foreign:

@@ -141,6 +141,10 @@ class Header:
         """Names of code that is not Keras's own, each with "reference" or "value"."""
         return tuple((str(name), str(how)) for name, how in self.body.get("code", ()))
 
+    def is_of(self, cls: type) -> bool:
+        """Say whether a class has the name of the object's, in whatever module it is here."""
+        return cls.__name__ == self.class_name.rpartition(".")[2]
+
     def with_frames(self, frames: Sequence[AnyFrame]) -> Header:
         """Return this header with the frames it describes."""
         marks, whole = fingerprints(frames)

@@ -40,7 +40,7 @@ def layer_loss(layer: keras.Layer) -> str | None:
     if type(layer).__name__ in UNREADABLE:
         return f"{where} is a {type(layer).__name__}, whose config Keras itself cannot read"
     if isinstance(layer, keras.Model):
-        if type(layer) not in (keras.Sequential, keras.Model, functional()):
+        if type(layer) not in model_classes():
             return f"{where} is a subclass of Model"
         if layer.compiled:
             return f"{where} is a compiled model inside a model"
@@ -236,14 +236,11 @@ def _stores(code: types.CodeType) -> Iterator[str]:
             yield from _stores(constant)
 
 
-def functional() -> type:
-    """Return the class of functional models, which Keras does not export."""
-    return type(_empty_functional())
-
-
 @functools.cache
-def _empty_functional() -> keras.Model:
+def model_classes() -> tuple[type, ...]:
+    """Return the classes of models that go by config; Keras does not export the functional one."""
     with aside():
         inputs = keras.Input((1,))
         # older versions want a layer between (3.13: keras/src/ops/function.py)
-        return keras.Model(inputs, keras.layers.Identity()(inputs))
+        functional = type(keras.Model(inputs, keras.layers.Identity()(inputs)))
+    return keras.Sequential, keras.Model, functional

@@ -18,6 +18,7 @@ from typing import Any
 _ARGUMENTS, _REPEATED = ("exclude_layers", "policy_map"), re.compile(r"\)\s*[*+?{]|\(\?|\\[1-9]")
 _QUANTIFIERS, MOST_PLACES = re.compile(r"[*+?{]"), 10**9
 
+#: Half of a surrogate pair, or a whole one, in JSON.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 #: Letters of all paths: honest ones have some hundred each.

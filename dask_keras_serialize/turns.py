@@ -16,9 +16,16 @@ from contextlib import ExitStack, contextmanager
 class Turn:
     """A lock that its thread may take again, and that nobody waits for longer than he says."""
 
+    _lock: threading.RLock
+    _owner: int | None
+
     def __init__(self) -> None:
+        self.free()
+
+    def free(self) -> None:
+        """Forget who has it: for a process that has not got that thread."""
         self._lock = threading.RLock()
-        self._owner: int | None = None
+        self._owner = None
 
     @property
     def taken(self) -> bool:
@@ -84,7 +91,7 @@ def at_forks(turn: Turn, seconds: float) -> None:
     def in_child() -> None:
         threads.stack.close()
         if not threads.got:
-            turn.__init__()  # type: ignore[misc]
+            turn.free()
 
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=before, after_in_parent=in_parent, after_in_child=in_child)

@@ -21,7 +21,7 @@ from dask_keras_serialize import names, skew
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.fields import FIELDS
 from dask_keras_serialize.header import FORMAT, ITEMSIZE, Header
-from dask_keras_serialize.layerwise import NEVER_BY_CONFIG, RUN_FOR_SHAPES, functional
+from dask_keras_serialize.layerwise import NEVER_BY_CONFIG, RUN_FOR_SHAPES, model_classes
 from dask_keras_serialize.likeness import functions_named
 
 #: What Keras finds by ``class_name`` that is no class, and builds nothing but data.
@@ -169,7 +169,7 @@ def _refusal(
         return f"{name} holds code"
     if issubclass(cls, _RUN_FOR_SHAPES):
         return f"{name} would be run for its shapes"
-    if issubclass(cls, keras.Model) and cls not in (keras.Sequential, keras.Model, functional()):
+    if issubclass(cls, keras.Model) and cls not in model_classes():
         return f"{name} is a subclass of Model"
     return argument(name, inner)
 

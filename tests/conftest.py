@@ -209,12 +209,13 @@ def start_cluster(
     worker: Path,
     folder: Path,
     environments: Sequence[dict[str, str]] = ({}, {}),
+    scheduler_env: dict[str, str] | None = None,
 ) -> str:
     """Start `dask scheduler` and a `dask worker` in each environment; return the address."""
     file = folder / "scheduler.json"
     running.start(
         scheduler / "dask", "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
-        "--scheduler-file", file,
+        "--scheduler-file", file, env=scheduler_env,
     )  # fmt: skip
     for number, env in enumerate(environments):
         running.start(

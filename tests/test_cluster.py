@@ -168,8 +168,11 @@ def test_what_cannot_be_sent_is_named(client):
     """Dask says no more than the class of what was sent."""
     model = zoo.build("subclassed")
     model.thing = {"a": [threading.Lock()]}
+
+    def in_a_graph(sent):
+        return dask.delayed(id)(sent).compute()
+
     for sent in (model, [model], Run(model), {"a": [Run(model)]}):
-        in_a_graph = lambda sent: dask.delayed(id)(sent).compute()  # noqa: E731
         for send in (client.scatter, lambda sent: client.submit(id, sent), in_a_graph):
             with pytest.raises(EncodeError, match=r"attribute thing\['a'\]\[0\], a lock") as info:
                 send(sent)

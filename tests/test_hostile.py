@@ -1,6 +1,5 @@
 """Any bytes give an error of this package's own, or an object that is what they say."""
 
-import gc
 import json
 import re
 import subprocess
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.handlers import deserialize_keras
 from dask_keras_serialize.header import Header
-from tests import fuzz, hostile
+from tests import fuzz, hostile, leaks
 
 #: The same inputs in every run: what is found at random is `make fuzz`'s to find.
 SETTINGS = hypothesis.settings(
@@ -151,15 +150,8 @@ def test_mutated_messages_ask_for_little_memory():
 
 def test_what_was_refused_is_freed():
     header, frames = hostile.messages()[-1]
-    gc.collect()
-    before = layers_alive()
+    before = leaks.layers_alive()
     for _ in range(20):
         with pytest.raises(DecodeError):
             deserialize_keras(header | {"variables": header["variables"][:-1]}, frames)
-    gc.collect()
-    assert layers_alive() == before
-
-
-def layers_alive():
-    # by type(): asking some of torch's objects for their class warns
-    return sum(issubclass(type(each), keras.Layer) for each in gc.get_objects())
+    assert leaks.layers_alive() == before

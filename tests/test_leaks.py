@@ -276,12 +276,6 @@ def by_pickle(model):
     return encoding, buffers, lambda: pickle.loads(packed, buffers=buffers)
 
 
-def layers_alive():
-    gc.collect()
-    found = [each for each in gc.get_objects() if issubclass(type(each), keras.Layer)]
-    return sorted(f"{type(each).__name__} {vars(each).get('name')}" for each in found)
-
-
 @pytest.mark.parametrize("way", [by_dask, by_pickle])
 @pytest.mark.parametrize("fragile", [fragile_by_value, fragile_by_config])
 def test_nothing_is_left_of_a_rebuild_that_fails_in_the_middle(fragile, way, monkeypatch):
@@ -297,7 +291,7 @@ def test_nothing_is_left_of_a_rebuild_that_fails_in_the_middle(fragile, way, mon
         keras.config.set_floatx("float32")
         keras.config.set_dtype_policy(policy)
     assert encoding in fragile.__name__
-    settings, alive = hostile.settings(), layers_alive()
+    settings, alive = hostile.settings(), leaks.layers_alive()
     with templates.forgotten():  # a clone is not built
         for _ in range(3):
             with pytest.raises(DecodeError, match="it fails in the middle") as failed:
@@ -305,5 +299,5 @@ def test_nothing_is_left_of_a_rebuild_that_fails_in_the_middle(fragile, way, mon
             assert hostile.settings() == settings
             assert leaks.locks_held() == []
             del failed  # its traceback has the frames of the rebuild
-    assert layers_alive() == alive
+    assert leaks.layers_alive() == alive
     assert_given_back(buffers)

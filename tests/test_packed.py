@@ -1,5 +1,4 @@
 import dataclasses
-import gc
 import json
 import pickle
 from html.parser import HTMLParser
@@ -18,7 +17,7 @@ from dask_keras_serialize.errors import DecodeError, FormatError, MissingPackage
 from dask_keras_serialize.header import FORMAT, package_version
 from dask_keras_serialize.packed import PackedObject, Parcel
 from dask_keras_serialize.pickling import pack
-from tests import zoo
+from tests import leaks, zoo
 
 
 def test_a_parcel_opens_to_new_models():
@@ -250,13 +249,13 @@ def test_a_worker_passes_on_what_it_cannot_open(monkeypatch):
     source = zoo.build("sequential")
     header, frames = protocol.serialize(source)
     buffers = [bytearray(frame) for frame in frames]
-    layers = layers_alive()
+    layers = leaks.layers_alive()
     with monkeypatch.context() as patch:
         patch.setattr("dask_keras_serialize.broken.read_by_worker", lambda: True)
         patch.setattr(keras.layers.Dense, "build", fails)
         held = protocol.deserialize(header, buffers)
         assert type(held) is BrokenObject
-        assert layers_alive() == layers
+        assert leaks.layers_alive() == layers
         assert sizeof(held) > sum(map(len, buffers))
         for _ in range(2):
             with pytest.raises(DecodeError, match="no bias") as info:
@@ -269,8 +268,3 @@ def test_a_worker_passes_on_what_it_cannot_open(monkeypatch):
     del held, passed_on, info
     for buffer in buffers:
         buffer.append(0)
-
-
-def layers_alive():
-    gc.collect()
-    return sum(issubclass(type(each), keras.Layer) for each in gc.get_objects())

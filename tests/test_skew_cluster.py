@@ -19,8 +19,8 @@ from distributed import Client, futures_of
 from dask_keras_serialize import DecodeError, EncodeError, MissingPackageError
 from dask_keras_serialize.header import FORMAT, package_version
 from tests import zoo
-from tests.conftest import ROOT, shipped, travelling_by_value
-from tests.test_cluster import environment_without_us, make_model
+from tests.conftest import ROOT, shipped, start_cluster, travelling_by_value
+from tests.test_cluster import environment_without_us, make_model, predict
 
 pytestmark = [pytest.mark.programs, pytest.mark.timeout(240)]
 
@@ -33,11 +33,6 @@ WAIT = 60
 def code_travels_by_value():
     with travelling_by_value(sys.modules[__name__], zoo):
         yield
-
-
-@shipped
-def predict(chunk, model):
-    return model.predict(chunk, batch_size=8, verbose=0)
 
 
 @shipped
@@ -75,18 +70,8 @@ def start(processes, tmp_path):
     """Start a scheduler and a worker, each out of an environment, with variables; the address."""
 
     def start(*, scheduler=HERE, scheduler_env=None, worker=HERE, worker_env=None):
-        file = tmp_path / "scheduler.json"
-        processes.start(
-            scheduler / "dask", "scheduler", "--host", "127.0.0.1", "--port", "0",
-            "--no-dashboard", "--scheduler-file", file, env=scheduler_env,
-        )  # fmt: skip
-        processes.start(
-            worker / "dask", "worker", "--scheduler-file", file, "--nthreads", "1",
-            "--no-dashboard", "--no-nanny", "--local-directory", tmp_path, env=worker_env,
-        )  # fmt: skip
-        with Client(scheduler_file=str(file), timeout=WAIT) as client:
-            client.wait_for_workers(1, timeout=WAIT)
-            return client.scheduler.address
+        environments = [worker_env or {}]
+        return start_cluster(processes, scheduler, worker, tmp_path, environments, scheduler_env)
 
     return start
 
@@ -126,6 +111,16 @@ def refused(attempt, kind, *words):
     for word in words:
         assert word in said, said
     return said
+
+
+def refused_in_an_event_loop(address, model, message):
+    async def refuse():
+        async with Client(address, asynchronous=True) as client:
+            for way in ("submit", "method", "map", "compute"):
+                with pytest.raises(MissingPackageError, match=message):
+                    await asyncio.wait_for(ways(client, model)[way](), WAIT)
+
+    asyncio.run(refuse())
 
 
 @pytest.mark.parametrize("name", ["trained", "trained subclassed"])
@@ -176,14 +171,7 @@ def test_a_scheduler_without_the_package_is_named(start, without_us):
         # values it does not open
         np.testing.assert_array_equal(routes["scatter"]().result(timeout=WAIT), expected)
         assert client.submit(make_model, pure=False).result(timeout=WAIT).built
-
-    async def in_an_event_loop():
-        async with Client(address, asynchronous=True) as client:
-            for way in ("submit", "method", "map", "compute"):
-                with pytest.raises(MissingPackageError, match="on the scheduler"):
-                    await asyncio.wait_for(ways(client, model)[way](), WAIT)
-
-    asyncio.run(in_an_event_loop())
+    refused_in_an_event_loop(address, model, "on the scheduler")
 
 
 def test_a_worker_without_the_package_is_named(start, without_us):
@@ -194,14 +182,7 @@ def test_a_worker_without_the_package_is_named(start, without_us):
             refused(attempt, MissingPackageError, "1 of 1 workers", "tcp://", "pip install")
         refused(lambda: client.submit(make_model, pure=False), MissingPackageError, "pip install")
         assert client.submit(sum, [1, 2]).result(timeout=WAIT) == 3
-
-    async def in_an_event_loop():
-        async with Client(address, asynchronous=True) as client:
-            for way in ("submit", "method", "map", "compute"):
-                with pytest.raises(MissingPackageError, match="1 of 1 workers"):
-                    await asyncio.wait_for(ways(client, model)[way](), WAIT)
-
-    asyncio.run(in_an_event_loop())
+    refused_in_an_event_loop(address, model, "1 of 1 workers")
 
 
 #: Has Keras say that it is an older one, as it is imported.

@@ -123,7 +123,7 @@ class Everything(keras.Model):
         self.named = {"out": layers.Dense(3, activation="softmax", name="out"), "note": {"a": 1}}
         self.words = {"b", "a"}
         self.drop = layers.Dropout(RATE, name="drop")
-        self.log = open(__file__)  # noqa: SIM115
+        self.log = open(__file__)  # noqa: SIM115  a file that is closed is what travels
         self.log.close()
         self.array, self.fixed = np.arange(5), np.arange(6.0)
         self.fixed.flags.writeable = False
