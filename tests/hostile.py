@@ -55,6 +55,21 @@ HUGE: list[Any] = [
     {"a": 10**9}, 1e30,
 ]  # fmt: skip
 
+_ARRAY: dict[str, Any] = {"value": [[1.0] * 8] * 8, "dtype": "float32"}
+_OF_NOBODY = {"shape": [None, 8], "dtype": "float32", "keras_history": ["nobody", 0, 0]}
+
+#: What a config may call its layers on, beside tensors of its model, or what looks like one.
+CALLED_ON: list[Any] = [
+    None, 1, 1.5, "x", [], {}, [[1.0] * 8], {"a": 1}, {"class_name": "__ellipsis__", "config": {}},
+    {"class_name": "__numpy__", "config": _ARRAY}, {"class_name": "__tensor__", "config": _ARRAY},
+    {"class_name": "__keras_tensor__", "config": _OF_NOBODY},
+    *({"class_name": "__keras_tensor__", "config": each} for each in ({}, [], 1, None)),
+    *(
+        {"class_name": "__slice__", "config": {"start": 0, "stop": each, "step": 1}}
+        for each in (1, 10**9, {"class_name": "__keras_tensor__", "config": _OF_NOBODY})
+    ),
+]  # fmt: skip
+
 #: What of the zoo is mutated: what there is in headers and configs, in few bytes.
 MODELS = ("sequential", "trained", "trained two outputs", "vocabulary", "trained subclassed")
 
@@ -180,6 +195,10 @@ def change_config(text: str, choose: Choose) -> str:
     if objects and choose(3) == 0:
         ask_too_much(objects[choose(len(objects))], choose)
         return json.dumps(config)
+    called = [each for each in objects if each.get("inbound_nodes")]
+    if called and choose(3) == 0:
+        call_otherwise(called[choose(len(called))], choose)
+        return json.dumps(config)
     within = ("model", "compile", "model", "")[choose(4)]
     if isinstance(config, dict) and within in config:
         return json.dumps(config | {within: change(config[within], choose)})
@@ -208,6 +227,32 @@ def ask_too_much(described: dict[str, Any], choose: Choose) -> None:
     for _ in range(1 + choose(2)):
         if taken:
             described["config"][taken[choose(len(taken))]] = HUGE[choose(len(HUGE))]
+
+
+def call_otherwise(described: dict[str, Any], choose: Choose) -> None:
+    """Have a layer called on something else, or on more, or more often."""
+    nodes = described["inbound_nodes"]
+    if not isinstance(nodes, list):
+        return
+    place = choose(len(nodes))
+    call = nodes[place] if isinstance(nodes[place], dict) else {}
+    tensors = call.get("args")
+    other = copy.deepcopy(CALLED_ON[choose(len(CALLED_ON))])
+    match choose(6):
+        case 0:  # on that alone
+            nodes[place] = call | {"args": [other]}
+        case 1:  # on that, and on what it was called on
+            nodes[place] = call | {"args": [[other, tensors], [tensors, other]][choose(2)]}
+        case 2:  # on what it was called on, out of its sight
+            hidden = {"class_name": "__slice__", "config": {"start": tensors, "stop": other}}
+            nodes[place] = call | {"args": [other, [hidden, {"x": tensors}][choose(2)]]}
+        case 3:
+            name = ("mask", "training", "initial_state", "x")[choose(4)]
+            nodes[place] = call | {"kwargs": {name: [other, tensors][choose(2)]}}
+        case 4:
+            nodes[place:place] = [call] * (1 + choose(100))
+        case _:
+            nodes[place] = change(call, choose)
 
 
 def cut(text: str, choose: Choose) -> str:

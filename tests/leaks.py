@@ -75,6 +75,11 @@ def open_files() -> Counter[str]:
     return found
 
 
+def pipes(files: Counter[str]) -> int:
+    """Count the ends of pipes among what is open."""
+    return sum(n for name, n in files.items() if name.startswith("pipe:"))
+
+
 def trackers() -> Counter[str]:
     """Count the pipes that a process keeps."""
     modules = filter(None, map(sys.modules.get, TRACKERS))
@@ -153,6 +158,9 @@ def _left(before: Standing) -> list[str]:
     if shared:  # a worker's threads have its name before theirs
         threads = {each for each in threads if not any(part in each.name for part in OF_CLUSTERS)}
     files = open_files() - before.files - trackers()
+    # a nanny that starts its worker again has other pipes to the new one, and as many
+    if shared and pipes(open_files() - trackers()) <= pipes(before.files):
+        files = Counter({name: n for name, n in files.items() if not name.startswith("pipe:")})
     if shared and any(each.startswith("socket:") for each in files):
         for each in connections(ports_of(shared)):
             files.pop(each, None)
