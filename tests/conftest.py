@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import socket
@@ -52,6 +53,16 @@ def trained_once() -> None:
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
     model.fit(np.ones((1, 1)), np.ones((1, 1)), verbose=0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def old_objects_are_not_looked_at() -> None:
+    """Spare Python's collector what there is by now, which takes it a second and more each time.
+
+    Backends are a million objects, and keep more of each model. Tests collect often.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

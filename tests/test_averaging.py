@@ -132,6 +132,7 @@ MODELS = {
     "bfloat16": lambda: of_dtype("bfloat16"),
     "not compiled": zoo.stack,
 }
+TYPICAL = ("batch norm, unbuilt optimizer", "two outputs", "not compiled")
 
 
 @functools.cache
@@ -190,7 +191,10 @@ def weights_of(model):
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in TYPICAL else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
+)
 def test_rounds_are_those_done_by_hand(client, name):
     train = descend if name == "not compiled" else fit
     parts, model, seen = parts_for(name), make(name), []

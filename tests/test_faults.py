@@ -42,6 +42,8 @@ MEBIBYTE = 1 << 20
 @shipped
 def dense(nbytes):
     """Build a model of one kernel, of so many bytes of random numbers: whole mebibytes."""
+    import keras  # not a global: a scheduler unpickles this
+
     rows = 1 << (nbytes.bit_length() // 2 - 1)
 
     def kernel(shape, dtype):
@@ -608,7 +610,7 @@ def test_the_disk_is_full_when_models_are_spilled(cluster, processes, short_of_d
     cluster.start_worker("a", "--memory-limit", "2GiB", before=before, **limits)
     with cluster.client() as client:
         model = dense(100 * MEBIBYTE)
-        stood = stands(pid_of(client, "a"))
+        stood = stands(cluster.scheduler.pid, pid_of(client, "a"))
         held = [client.submit(made, 100 * MEBIBYTE, i, pure=False) for i in range(8)]
         wait(held, timeout=120)
         tasks = [client.submit(checksum, each) for each in held]

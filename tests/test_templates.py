@@ -34,7 +34,7 @@ def arrive(model, keep=False):
     return decode(header, [bytearray(frame) for frame in frames], keep=keep)
 
 
-@pytest.mark.parametrize("name", zoo.BY_CONFIG)
+@pytest.mark.parametrize("name", zoo.some(zoo.BY_CONFIG))
 def test_a_clone_is_the_same_model(name):
     model = zoo.build(name)
     for _ in range(2):
@@ -59,7 +59,7 @@ def test_clones_can_be_turned_off():
     assert templates.counts["cloned"] == 2
 
 
-@pytest.mark.parametrize("name", [name for name in zoo.BY_CONFIG if "trained" in name])
+@pytest.mark.parametrize("name", zoo.some(name for name in zoo.BY_CONFIG if "trained" in name))
 def test_clones_train_to_the_bit_and_apart(name):
     model = zoo.build(name)
     rebuilt = [arrive(model) for _ in range(4)]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
 import numpy as np
+import pytest
 from keras import layers
 
 from dask_keras_serialize.by_config import variables_of
@@ -579,6 +580,21 @@ for models in (BY_CONFIG, BY_VALUE):
         del models[name]
 ALL = BY_CONFIG | BY_VALUE
 
+#: One for each way in which they differ: what tests that take a second for each model are run with.
+TYPICAL = {
+    "sequential", "trained two outputs", "frozen variable", "adapted", "nested", "vocabulary",
+    "trained under bfloat16", "augmented", "trained subclassed", "unbuilt subclassed", "attribute",
+    "trained with setstate", "tied across nesting", "excluded from decay", "words", "int8",
+    "stateful", "strings", "trained with LoRA", "trained with loss scaling", "trained by closures",
+}  # fmt: skip
+
+
+def some(names: Iterable[str]) -> list[Any]:
+    """Return parameters for a test: the typical ones, and all others where slow tests are run."""
+    return [
+        name if name in TYPICAL else pytest.param(name, marks=pytest.mark.slow) for name in names
+    ]
+
 
 #: What a trained model's targets are, but for the usual.
 TARGET = {
@@ -624,8 +640,10 @@ def assert_same(a: keras.Model, b: keras.Model) -> None:
         assert to_bytes(x) == to_bytes(y), x.path
     if a.built:
         batch = inputs_for(a)
-        for p, q in zip(predictions(a, batch), predictions(b, batch), strict=True):
-            np.testing.assert_array_equal(p, q)
+        # not by predict(), which is traced anew for each model
+        computed = [keras.tree.flatten(model(batch, training=False)) for model in (a, b)]
+        for p, q in zip(*computed, strict=True):
+            assert_equal(p, q)
 
 
 def flags(model: keras.Model) -> list[bool]:
