@@ -74,10 +74,10 @@ test: $(INSTALLED) ## run the tests, but for those of whole programs and the slo
 	$(BIN)/python -m pytest -m "$(MARKS)" -n $(TEST_PROCESSES) --dist loadfile --session-timeout=$(TEST_SECONDS) $(PYTEST_ARGS)
 
 test-jax: ## run the tests on JAX, in an environment of its own
-	$(MAKE) test BACKEND_EXTRA=jax VENV=$(VENV)-jax KERAS_BACKEND=jax
+	$(MAKE) test BACKEND_EXTRA=jax VENV=$(VENV)-jax KERAS_BACKEND=jax MARKS="$(MARKS) and not once"
 
 test-torch: ## run the tests on PyTorch, in an environment of its own
-	$(MAKE) test BACKEND_EXTRA=torch VENV=$(VENV)-torch KERAS_BACKEND=torch
+	$(MAKE) test BACKEND_EXTRA=torch VENV=$(VENV)-torch KERAS_BACKEND=torch MARKS="$(MARKS) and not once"
 
 test-together: ## run the tests of changing backend, in an environment with all backends and KerasHub
 	$(MAKE) test BACKEND_EXTRA=together VENV=$(VENV)-together KERAS_BACKEND=jax \
@@ -87,7 +87,7 @@ test-together: ## run the tests of changing backend, in an environment with all 
 test-dask-ml: ## run the tests of dask-ml's searches, in an environment of its own
 	$(MAKE) test VENV=$(VENV)-dask-ml KERAS_BACKEND=tensorflow MARKS="not gpu" \
 	  EXTRAS=test,dask-ml,tensorflow-cpu \
-	  PYTEST_ARGS="tests/test_dask_ml.py tests/test_search.py tests/test_sklearn.py --timeout=600"
+	  PYTEST_ARGS="tests/test_dask_ml.py tests/test_search.py --timeout=600"
 
 VERSIONS := EXTRAS=test,tensorflow-cpu,jax,torch
 OLDEST := $(VERSIONS) BACKEND_EXTRA=oldest VENV=$(VENV)-oldest PYTHON=$(OLDEST_PYTHON) RESOLUTION=lowest-direct

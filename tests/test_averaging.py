@@ -296,6 +296,7 @@ def test_parts_stay_and_weights_alone_move(client):
     assert nbytes < sum(size for _, size in moved) < 2 * rounds * 2 * nbytes
 
 
+@pytest.mark.once
 @pytest.mark.cluster
 def test_more_parts_than_one_task_averages(client, monkeypatch):
     monkeypatch.setattr(means, "FAN_IN", 2)

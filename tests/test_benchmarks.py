@@ -11,6 +11,8 @@ import pytest
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.once
+
 BENCHMARKS = ROOT / "benchmarks"
 
 

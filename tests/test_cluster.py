@@ -309,6 +309,7 @@ def test_a_scheduler_that_has_keras_does_not_load_it_either(processes, tmp_path)
         assert "keras" not in client.run_on_scheduler(lambda: list(sys.modules))
 
 
+@pytest.mark.once
 def test_in_a_local_cluster_the_scheduler_builds_no_replica(monkeypatch):
     """Scheduler and client share this process; nothing may be decoded in it."""
     model = zoo.build("trained subclassed")
@@ -427,6 +428,7 @@ def test_a_model_that_cannot_be_opened_by_another_worker_fails_its_task(client):
     assert client.submit(sum, [1, 2], workers=[second]).result(timeout=60) == 3
 
 
+@pytest.mark.once
 def test_a_cluster_whose_workers_lack_the_package_says_so(core_bin, processes, tmp_path):
     without = environment_without_us(tmp_path)
     address = start_cluster(processes, core_bin, without, tmp_path)

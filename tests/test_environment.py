@@ -9,6 +9,8 @@ from dask_keras_serialize.header import FORMAT, Header, package_version, python_
 from dask_keras_serialize.packed import importing_keras
 from tests import zoo
 
+pytestmark = pytest.mark.once
+
 
 def sent_by(name, **versions):
     header, frames = serialize_keras(zoo.build(name))

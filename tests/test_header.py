@@ -5,6 +5,8 @@ from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.frames import Location
 from dask_keras_serialize.header import FORMAT_VERSION, Header, VariableEntry
 
+pytestmark = pytest.mark.once
+
 
 def header(**changes):
     fields = {

@@ -74,6 +74,7 @@ PLAIN = st.recursive(
 )  # fmt: skip
 
 
+@pytest.mark.once
 @SETTINGS
 @hypothesis.given(PLAIN | st.dictionaries(st.sampled_from(["format", "body", "owner"]), PLAIN))
 def test_any_header(wire):
@@ -81,6 +82,7 @@ def test_any_header(wire):
         Header.from_wire(wire)
 
 
+@pytest.mark.once
 @SETTINGS
 @hypothesis.given(st.binary(max_size=500))
 def test_any_bytes_for_a_header(packed):

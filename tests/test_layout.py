@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 PACKAGE = Path(__file__).parent.parent / "dask_keras_serialize"
 
 #: Modules from the top of the house down: each imports only what stands below it.

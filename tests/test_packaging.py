@@ -3,6 +3,10 @@
 import subprocess
 import zipfile
 
+import pytest
+
+pytestmark = pytest.mark.once
+
 LOOK = """
 import importlib.metadata as m, importlib.util as u, sys
 import dask, distributed, dask_keras_serialize as d

@@ -14,6 +14,8 @@ from dask_keras_serialize.errors import BusyError, DecodeError, EncodeError, Mis
 from dask_keras_serialize.header import FORMAT, package_version
 from tests import zoo
 
+pytestmark = pytest.mark.once
+
 
 def failed(error):
     state = FutureState("key")

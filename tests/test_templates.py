@@ -138,7 +138,6 @@ def test_learning_rates_are_values():
     model = stack()
     model.compile(keras.optimizers.Adam(0.1), "mse")
     model.optimizer.build(model.trainable_variables)
-    zoo.assert_same(model, arrive(model))  # it predicts, which the model remembers
     for rate in (0.1, 0.01, 0.001):
         model.optimizer.learning_rate = rate
         clone = arrive(model)

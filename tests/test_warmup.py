@@ -137,6 +137,11 @@ def test_later_workers_are_warm_and_start_even_if_the_model_is_gone(client):
     del future
     client.cluster.scale(4)
     client.wait_for_workers(4, timeout=60)
+    client.cluster.scale(2)
+    until = time.monotonic() + 30
+    while len(client.nthreads()) > 2:
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("built", [True, False])
