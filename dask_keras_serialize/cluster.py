@@ -80,10 +80,13 @@ def _with_models_as_tasks(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_check(original: Callable[..., Any], *, graph: bool) -> Callable[..., Any]:
+    own = inspect.signature(original)
+
     @functools.wraps(original)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         if holds_keras(list(args)) or holds_keras(kwargs):
-            require_package(self, on_scheduler=graph)
+            given = own.bind(self, *args, **kwargs).arguments
+            require_package(self, on_scheduler=graph, workers=_only(given))
         try:
             return original(self, *args, **kwargs)
         except TypeError as error:  # which says no more than the class of what was sent
@@ -94,6 +97,14 @@ def _with_check(original: Callable[..., Any], *, graph: bool) -> Callable[..., A
             raise EncodeError(str(lost)) from error
 
     return checked
+
+
+def _only(given: dict[str, Any]) -> list[Any]:
+    """Return the workers that alone a call is for; none if any may be."""
+    workers = given.get("workers")
+    if given.get("allow_other_workers") or not workers or isinstance(workers, dict):
+        return []
+    return list(workers) if isinstance(workers, (list, tuple, set)) else [workers]
 
 
 #: What distributed says of what it cannot send (``distributed/protocol/serialize.py``).

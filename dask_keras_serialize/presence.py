@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from dask_keras_serialize import errors
@@ -55,18 +55,18 @@ def announce_scheduler(scheduler: Any) -> None:
 
     @functools.wraps(original)
     def identity(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        without = [ws.address for ws in self.workers.values() if FORMAT not in ws.extra]
+        lack = [ws for ws in self.workers.values() if FORMAT not in ws.extra]
         ours = {
             "version": package_version(),
             "workers": len(self.workers),
-            "workers-without": without,
+            "workers-without": {ws.address: ws.name for ws in lack},
         }
         return {**original(self, *args, **kwargs), FORMAT: ours}
 
     scheduler.Scheduler.identity = identity
 
 
-def require_package(client: Any, *, on_scheduler: bool) -> None:
+def require_package(client: Any, *, on_scheduler: bool, workers: Iterable[Any] = ()) -> None:
     """Raise on the client if its cluster lacks this package.
 
     Parameters
@@ -74,6 +74,8 @@ def require_package(client: Any, *, on_scheduler: bool) -> None:
     client : distributed.Client
     on_scheduler : bool
         Whether the scheduler needs it too, which unpickles task graphs, but no values.
+    workers : iterable, optional
+        The only workers that what is sent may go to, by address, host or name. Default: all.
 
     Raises
     ------
@@ -93,11 +95,19 @@ def require_package(client: Any, *, on_scheduler: bool) -> None:
     elif client.asynchronous:
         return
     else:
-        workers = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
-        without = [address for address, worker in workers.items() if FORMAT not in worker]
-        total = len(workers)
+        every = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
+        without = {address: each["name"] for address, each in every.items() if FORMAT not in each}
+        total = len(every)
+    if wanted := set(map(str, workers)):
+        without = {key: name for key, name in without.items() if wanted & _names(key, name)}
     if without:
-        raise MissingPackageError.on_workers(without, total)
+        raise MissingPackageError.on_workers(list(without), total)
+
+
+def _names(address: str, name: Any) -> set[str]:
+    """Return what a worker may be called by who restricts tasks to it (``Client.submit``)."""
+    _, _, place = address.rpartition("://")
+    return {address, place, place.rpartition(":")[0], str(name)}
 
 
 def explain_error(original: Callable[..., Any], header: Any, frames: Any) -> None:

@@ -155,7 +155,7 @@ def test_workers_that_are_wrong_each_in_its_way(core_bin, processes, tmp_path):
         for each in found["findings"]
         if each["level"] == "failure"
     }
-    assert failures.keys() == {by_name[i] for i in range(1, 5)}
+    assert failures.keys() == {by_name[i] for i in range(1, 5)}, json.dumps(failures)
     for number, what, way_out in [
         (1, "no model came back: no answer in 10 s: it is busy, or gone", "--timeout"),
         (2, "not registered", "dask-keras-serialize.register: true"),

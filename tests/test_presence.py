@@ -86,7 +86,7 @@ def test_what_another_process_cannot_send_is_one_line():
 
 @pytest.mark.cluster
 def test_a_scheduler_says_that_it_has_the_package_to_any_client():
-    ours = {"version": package_version(), "workers": 1, "workers-without": []}
+    ours = {"version": package_version(), "workers": 1, "workers-without": {}}
     with (
         LocalCluster(n_workers=1, processes=False, dashboard_address=":0") as cluster,
         Client(cluster) as client,
@@ -104,3 +104,28 @@ def test_a_scheduler_says_that_it_has_the_package_to_any_client():
         for send in (client.scatter, lambda model: client.submit(model.count_params)):
             with pytest.raises(MissingPackageError, match=f"1 of 1 workers .{worker.address}."):
                 send(zoo.build("trained"))
+
+
+@pytest.mark.cluster
+def test_workers_that_are_sent_nothing_may_lack_the_package():
+    model = zoo.build("trained")
+    count = model.count_params()
+    with (
+        LocalCluster(n_workers=2, processes=False, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        lacks, has = cluster.scheduler.workers.values()
+        lacks.extra.pop(FORMAT)
+        for workers in ([has.address], has.address, has.name, {has.name}):
+            future = client.scatter(model, workers=workers, hash=False)
+            assert list(client.who_has(future)[future.key]) == [has.address]
+            submitted = client.submit(model.count_params, workers=workers, pure=False)
+            assert submitted.result(timeout=30) == count
+        every = [lacks.address, has.address]
+        for named in ({}, {"workers": lacks.name}, {"workers": every}):
+            with pytest.raises(MissingPackageError, match=f"1 of 2 workers .{lacks.address}."):
+                client.submit(model.count_params, **named)
+            with pytest.raises(MissingPackageError, match="is not installed on 1 of 2"):
+                client.scatter(model, **named)
+        with pytest.raises(MissingPackageError, match="is not installed on 1 of 2"):
+            client.submit(model.count_params, workers=has.address, allow_other_workers=True)
