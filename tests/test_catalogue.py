@@ -57,6 +57,7 @@ def assert_arrives(name, route):
     assert use(citizen, original) == use(citizen, replica)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", CITIZENS)
 def test_pickle(name):
     assert_arrives(name, "pickle 5")
@@ -142,6 +143,7 @@ def assert_application_arrives(name, route):
     assert len({array.tobytes() for array in arrays}) == 1
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["MobileNetV3Small"])
 def test_an_application(name):
     assert_application_arrives(name, "dask")

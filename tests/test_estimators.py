@@ -378,6 +378,7 @@ class Uncopied:
         raise TypeError("it stays here")
 
 
+@pytest.mark.once
 def test_a_regressor_and_a_pipeline():
     x, y = load_diabetes(return_X_y=True)
     x, y = x.astype("float32"), y.astype("float32")
@@ -440,6 +441,7 @@ def counted():
     return dict(counts)
 
 
+@pytest.mark.once
 @pytest.mark.cluster
 def test_workers_pass_estimators_on():
     local = classifier().partial_fit(X, Y)
