@@ -157,9 +157,10 @@ def _left(before: Standing) -> list[str]:
     threads -= {thread for pool in filter(None, pools) for thread in pool._threads}
     if shared:  # a worker's threads have its name before theirs
         threads = {each for each in threads if not any(part in each.name for part in OF_CLUSTERS)}
-    files = open_files() - before.files - trackers()
+    standing = open_files() - trackers()
+    files = standing - before.files
     # a nanny that starts its worker again has other pipes to the new one, and as many
-    if shared and pipes(open_files() - trackers()) <= pipes(before.files):
+    if shared and pipes(standing) <= pipes(before.files):
         files = Counter({name: n for name, n in files.items() if not name.startswith("pipe:")})
     if shared and any(each.startswith("socket:") for each in files):
         for each in connections(ports_of(shared)):

@@ -191,10 +191,7 @@ def weights_of(model):
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize(
-    "name",
-    [name if name in TYPICAL else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
-)
+@pytest.mark.parametrize("name", zoo.some(MODELS, TYPICAL))
 def test_rounds_are_those_done_by_hand(client, name):
     train = descend if name == "not compiled" else fit
     parts, model, seen = parts_for(name), make(name), []

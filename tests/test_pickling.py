@@ -174,8 +174,7 @@ def test_a_shallow_copy_shares_the_parts(name):
     if model.compiled:
         twin.fit(zoo.X, zoo.LABELS, verbose=0)  # through its own traced function
         assert twin.train_function is not model.train_function
-    for a, b in zip(*(zoo.predictions(each, zoo.X) for each in (model, twin)), strict=True):
-        np.testing.assert_array_equal(a, b)
+    zoo.assert_predict_the_same(model, twin, zoo.X)
 
 
 def test_what_is_added_to_a_shallow_copy_is_its_own():

@@ -39,6 +39,8 @@ def test_what_arrives_is_the_same_model(name):
     assert encode(model)[0].encoding == ("config" if name in zoo.BY_CONFIG else "value")
     replica = round_trip(model)
     zoo.assert_same(model, replica)
+    if model.built:
+        zoo.assert_predict_the_same(model, replica, zoo.inputs_for(model))
     # and what arrives can be sent on
     zoo.assert_same(model, round_trip(replica))
 

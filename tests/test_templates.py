@@ -138,6 +138,8 @@ def test_learning_rates_are_values():
     model = stack()
     model.compile(keras.optimizers.Adam(0.1), "mse")
     model.optimizer.build(model.trainable_variables)
+    zoo.assert_same(model, arrive(model))
+    model.predict(np.ones((1, 3)), verbose=0)  # which the model remembers
     for rate in (0.1, 0.01, 0.001):
         model.optimizer.learning_rate = rate
         clone = arrive(model)

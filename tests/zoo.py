@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import keras
@@ -589,10 +589,10 @@ TYPICAL = {
 }  # fmt: skip
 
 
-def some(names: Iterable[str]) -> list[Any]:
+def some(names: Iterable[str], typical: Collection[str] = TYPICAL) -> list[Any]:
     """Return parameters for a test: the typical ones, and all others where slow tests are run."""
     return [
-        name if name in TYPICAL else pytest.param(name, marks=pytest.mark.slow) for name in names
+        name if name in typical else pytest.param(name, marks=pytest.mark.slow) for name in names
     ]
 
 
@@ -640,10 +640,16 @@ def assert_same(a: keras.Model, b: keras.Model) -> None:
         assert to_bytes(x) == to_bytes(y), x.path
     if a.built:
         batch = inputs_for(a)
-        # not by predict(), which is traced anew for each model
+        # not by predict(), which is traced anew for each model: test_protocol.py does that
         computed = [keras.tree.flatten(model(batch, training=False)) for model in (a, b)]
         for p, q in zip(*computed, strict=True):
             assert_equal(p, q)
+
+
+def assert_predict_the_same(a: keras.Model, b: keras.Model, batch: Any) -> None:
+    """Fail unless ``predict()``, which compiles, gives the same of two models."""
+    for p, q in zip(predictions(a, batch), predictions(b, batch), strict=True):
+        np.testing.assert_array_equal(p, q)
 
 
 def flags(model: keras.Model) -> list[bool]:
