@@ -31,8 +31,9 @@ VERSIONS_BACKENDS ?= tensorflow jax torch
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(BACKEND_EXTRA)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
-# pip compiles what it installs, and a test sees what is compiled later
-UV := $(BIN)/python -m uv pip install --quiet --compile-bytecode --python $(BIN)/python --resolution $(RESOLUTION)
+# pip compiles one file after the other, and tests of what is installed: most of the time it takes
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib
+UV := $(BIN)/python -m uv pip install --quiet --python $(BIN)/python --resolution $(RESOLUTION)
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 # the backend that was installed, whatever a keras.json in the home folder says
@@ -57,7 +58,8 @@ $(INSTALLED): setup.cfg pyproject.toml
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "installing $(EXTRAS) into $(VENV): a minute or two, once"
 	$(if $(RESOLUTION),$(PIP) uv)
-	$(if $(RESOLUTION),$(UV),$(PIP)) $(PINS) --editable '.[$(EXTRAS)]'
+	$(if $(RESOLUTION),$(UV),$(PIP) --no-compile) $(PINS) --editable '.[$(EXTRAS)]'
+	@$(COMPILE) || true  # packages have templates of programs, too
 	@touch $@
 
 demo: $(INSTALLED) ## train and predict on two workers, check every bit, draw examples/output/demo.png
@@ -73,6 +75,9 @@ examples: $(INSTALLED) ## run all examples but the notebook, three minutes; pict
 test: $(INSTALLED) ## run the tests, but for those of whole programs and the slow ones
 	$(BIN)/python -m pytest -m "$(MARKS)" -n $(TEST_PROCESSES) --dist loadfile --session-timeout=$(TEST_SECONDS) $(PYTEST_ARGS)
 
+# most of the time goes into compiling the same for one more process
+test-jax: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/build/jax
+test-jax: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 test-jax: ## run the tests on JAX, in an environment of its own
 	$(MAKE) test BACKEND_EXTRA=jax VENV=$(VENV)-jax KERAS_BACKEND=jax MARKS="$(MARKS) and not once"
 

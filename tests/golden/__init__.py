@@ -123,9 +123,11 @@ def check(content: dict[str, Any], targets: Any = None) -> float:
     facts.same(facts.of(obj), content["is"])
     most = 0.0
     if "batch" in content:
-        most = facts.close(facts.predictions(first, content["batch"][0]), content["predicted"])
+        within = facts.tolerance(first)
+        predicted = facts.predictions(first, content["batch"][0])
+        most = facts.close(predicted, content["predicted"], within)
     if "step" in content:
-        facts.close(facts.step(first, *content["batch"]), content["step"])
+        facts.close(facts.step(first, *content["batch"]), content["step"], within)
     if targets is not None:
         assert first.compiled
         assert int(first.optimizer.iterations) > 0

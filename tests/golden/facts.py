@@ -6,12 +6,13 @@ from typing import Any
 
 import keras
 import numpy as np
+from ml_dtypes import finfo  # NumPy's own knows no bfloat16
 
 from tests import zoo
 
 #: The largest difference between predictions, which backends compute in other orders.
 TOLERANCE = 1e-5
-#: In half precision: so many of its last places.
+#: In half precision: so many of its last places, as a machine computes in it or rounds to it.
 LASTS = 4
 
 
@@ -196,7 +197,14 @@ def same(ours: Any, theirs: Any, where: str = "") -> None:
         assert ours == theirs, where
 
 
-def close(ours: list[Any], theirs: list[Any]) -> float:
+def tolerance(model: keras.Model) -> float:
+    """Return how far apart two backends may be in what they compute of a model."""
+    dtypes = {layer.compute_dtype for layer in model._flatten_layers()}
+    coarsest = max(float(finfo(dtype).eps) for dtype in dtypes if "float" in dtype)
+    return max(TOLERANCE, LASTS * coarsest)
+
+
+def close(ours: list[Any], theirs: list[Any], within: float) -> float:
     """Fail unless arrays are equal as far as backends compute alike; return by how much not."""
     most = 0.0
     for a, b in zip(ours, theirs, strict=True):
@@ -204,7 +212,6 @@ def close(ours: list[Any], theirs: list[Any]) -> float:
         if a.dtype.kind not in "fc":
             np.testing.assert_array_equal(a, b)
             continue
-        within = max(TOLERANCE, LASTS * float(np.finfo(a.dtype).eps))
         np.testing.assert_allclose(a, b, atol=within, rtol=within)
         most = max([most, *np.abs(a.astype("float64") - b).ravel()])
     return most
