@@ -8,8 +8,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import venv
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -142,6 +143,14 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
     running = Processes(tmp_path)
     yield running
     running.stop()
+
+
+def until(condition: Callable[[], object], what: str, seconds: float = 90) -> None:
+    """Wait for something to be so, looking many times a second; fail and say what is not."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.005)
 
 
 def free_ports(count: int) -> list[str]:

@@ -40,7 +40,9 @@ def main() -> None:
         from tests import hostile
     hostile.messages(), hostile.layer_messages(), hostile.objects()  # made once
     hostile.limit_memory(1 << 30)
-    atheris.Setup(sys.argv, lambda data: run(data) and None)
+    # a merge runs its first argument as a program, by a shell
+    arguments = [f"{sys.executable} -m tests.fuzz", *sys.argv[1:]]
+    atheris.Setup(arguments, lambda data: run(data) and None)
     atheris.Fuzz()
 
 

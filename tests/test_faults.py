@@ -30,7 +30,7 @@ from distributed.client import FutureCancelledError
 from distributed.utils import DequeHandler
 
 from dask_keras_serialize import DecodeError
-from tests.conftest import ROOT, free_ports, shipped
+from tests.conftest import ROOT, free_ports, shipped, until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(280)]
 
@@ -141,14 +141,6 @@ def pid_of(client, name):
 def address_of(client, name):
     workers = client.scheduler_info(n_workers=-1)["workers"]
     return next(address for address, info in workers.items() if info["name"] == name)
-
-
-def until(condition, what, seconds=90):
-    """Wait for something to be so, many times a second."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.005)
 
 
 def open_files(pid):

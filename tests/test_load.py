@@ -18,8 +18,8 @@ from distributed import Client, LocalCluster, wait
 from dask_keras_serialize.by_config import variables_of
 from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
 from tests import zoo
-from tests.conftest import shipped
-from tests.test_faults import GIBIBYTE, MEBIBYTE, checksum, dense, made, until
+from tests.conftest import shipped, until
+from tests.test_faults import GIBIBYTE, MEBIBYTE, checksum, dense, made
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(580)]
 

@@ -3,7 +3,6 @@
 import os
 import re
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from distributed.diagnostics import nvml
 from dask_keras_serialize import PlaceKeras, PlacementError, backends, devices
 from dask_keras_serialize.devices import Limits
 from tests import zoo
-from tests.conftest import ROOT, local_client, start_cluster
+from tests.conftest import ROOT, local_client, start_cluster, until
 
 HERE = keras.backend.backend()
 
@@ -178,10 +177,7 @@ def test_a_later_worker_that_cannot_is_closed():
         client.register_plugin(PlaceKeras(device=3))
         client.subscribe_topic("warn", warned.append)  # in place of warning of it
         cluster.scale(1)
-        until = time.monotonic() + 60
-        while not warned or client.nthreads():
-            assert time.monotonic() < until
-            time.sleep(0.1)
+        until(lambda: warned and not client.nthreads(), "it is not closed")
         cluster.scale(0)
     (_, said), *_ = warned
     assert re.match(r"worker tcp://.*device=3 is asked for.*it is closed", said)

@@ -1,7 +1,6 @@
 """A model is traced on every worker before the first task, and is the same after."""
 
 import gc
-import time
 import weakref
 
 import keras
@@ -10,7 +9,7 @@ import pytest
 
 from dask_keras_serialize import PlacementError, WarmKeras, warmup
 from tests import zoo
-from tests.conftest import local_client
+from tests.conftest import local_client, until
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +87,7 @@ def test_a_worker_that_has_no_replica_yet_fetches_one(client):
 
 def has(client, future, workers):
     """Wait until just these workers have a model; a worker's word takes a moment."""
-    until = time.monotonic() + 30
-    while set(client.who_has(future)[future.key]) != set(workers):
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    until(lambda: set(client.who_has(future)[future.key]) == set(workers), "others have it")
     return True
 
 
@@ -116,10 +112,7 @@ def test_workers_keep_what_is_warm_until_the_future_is_gone(client):
     client.register_plugin(plugin)  # as warm as before: it was not dropped meanwhile
     key = warm.key
     del warm
-    until = time.monotonic() + 30
-    while set(client.run(kept, key=key).values()) != {None}:
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    until(lambda: set(client.run(kept, key=key).values()) == {None}, "it is kept")
 
 
 @pytest.mark.programs
@@ -138,10 +131,7 @@ def test_later_workers_are_warm_and_start_even_if_the_model_is_gone(client):
     client.cluster.scale(4)
     client.wait_for_workers(4, timeout=60)
     client.cluster.scale(2)
-    until = time.monotonic() + 30
-    while len(client.nthreads()) > 2:
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    until(lambda: len(client.nthreads()) == 2, "more workers are there")
 
 
 @pytest.mark.parametrize("built", [True, False])
