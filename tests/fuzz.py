@@ -5,8 +5,9 @@ header themselves. A crash, a hang of 15 s, a GiB more of addresses than the pro
 an outcome that is neither refusal nor whole ends the run with another status than 0 and writes the
 input to ``build/fuzz/found-*``; ``python -m tests.fuzz FILE`` runs it again. Inputs that found new
 ways through the decoder stand in ``build/fuzz``; those that together go all of these ways are kept
-in ``tests/corpus``, where the next run begins, until the mutations are others; ``test_hostile.py``
-runs them too.
+in ``tests/corpus``, where the next run begins, and ``test_hostile.py`` runs them too. Where the
+mutations are others, so are the ways: ``python -m tests.fuzz -merge=1 NEW build/fuzz tests/corpus``
+in the fuzzer's environment copies to the folder NEW what is needed of both.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import keras
@@ -25,18 +26,24 @@ def run(backend, what, folder):
     return printed.strip().rpartition("\n")[2]
 
 
-@pytest.fixture(scope="session")
-def sent(tmp_path_factory):
-    """Write the models of every backend."""
+def run_each(what, folder):
+    """Run tests.golden on each backend, two processes at a time; return their last lines."""
+    with ThreadPoolExecutor(2) as threads:
+        lines = threads.map(lambda backend: run(backend, what, folder), backends.NAMES)
+        return dict(zip(backends.NAMES, lines, strict=True))
+
+
+@pytest.fixture(scope="module")
+def arrived(tmp_path_factory):
+    """Write the models of every backend, and read them on every backend: what became of them."""
     folder = tmp_path_factory.mktemp("sent")
-    for backend in backends.NAMES:
-        run(backend, "write", folder)
-    return folder
+    run_each("write", folder)
+    return run_each("check", folder)
 
 
 @pytest.mark.parametrize("here", backends.NAMES)
-def test_models_of_every_backend(here, sent, capsys):
-    found = json.loads(run(here, "check", sent))
+def test_models_of_every_backend(here, arrived, capsys):
+    found = json.loads(arrived[here])
     assert found.keys() == set(backends.NAMES)
     wrong = {}
     for backend, models in found.items():
