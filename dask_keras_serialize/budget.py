@@ -13,7 +13,8 @@ makes as wide as it likes (``keras/src/layers/preprocessing/normalization.py``).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +32,12 @@ MOST_CALLS, MOST_CALLS_OF_ONE = 1000, 5
 
 #: Of all Normalizations together: features of their inputs.
 MOST_FEATURES = 10**7
+
+
+def have_a_size(axes: Sequence[object]) -> bool:
+    """Say whether a tensor may have such axes: an operation on others multiplies huge integers."""
+    whole = (each for each in axes if isinstance(each, int))
+    return len(axes) <= MOST_AXES and all(abs(each) <= sys.maxsize for each in whole)
 
 
 @contextmanager
@@ -56,10 +63,10 @@ def counted(objects: int, owner: str) -> Iterator[None]:
     def count(original: Any, tensor: Any, shape: Any, *arguments: Any, **keywords: Any) -> None:
         nonlocal made
         made += 1
-        if isinstance(shape, list | tuple) and len(shape) > MOST_AXES:
+        if isinstance(shape, list | tuple) and not have_a_size(shape):
             raise DecodeError(
-                f"{owner}: its config has a tensor of {len(shape)} axes, not more than "
-                f"{MOST_AXES} of which any array has; send it again"
+                f"{owner}: its config has a tensor of {len(shape)} axes as no array has: not more "
+                f"than {MOST_AXES}, each of which a machine can count; send it again"
             )
         if made > most:
             raise DecodeError(

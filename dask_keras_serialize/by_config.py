@@ -77,6 +77,8 @@ def dump(model: keras.Model) -> Description | str:
         files, extras = assets.read(model)
     except OSError as error:
         return f"its layers' assets cannot be written to a temporary folder: {error}"
+    if any(map(assets.is_lopsided, files, extras)):
+        return "one word of a vocabulary in it is too long"
     layers = [model, *private.flatten_layers(model)]
     rest = {
         "policy": keras.dtype_policies.serialize(model.dtype_policy),
@@ -154,16 +156,16 @@ def load(vetted: Vetted, values: Values, extras: list[Array]) -> Rebuilt:
     -----
     Copies: one of each variable's bytes, into memory the backend owns.
     """
-    owner = values.header.owner
+    owner, before = values.header.owner, sys.exception()
     with rebuilding():
         try:
             config = vetted.config
             with (
                 keras.saving.custom_object_scope(vetted.classes),
-                _defaults(config["policy"], config["floatx"]),
                 values_at_creation(values) as given,
                 built_once(),
                 counted(vetted.nodes, owner),
+                _defaults(config["policy"], config["floatx"]),
             ):
                 model = keras.saving.deserialize_keras_object(config["model"], safe_mode=True)
                 _check_class(model, values)
@@ -180,10 +182,8 @@ def load(vetted: Vetted, values: Values, extras: list[Array]) -> Rebuilt:
             assets.write(model, config["assets"], extras)
             assign_rest(variables_of(model), given, values)
             finish(model, config["history"])
-        except DecodeError:
-            raise
         except Exception as error:  # from_config is anybody's code
-            if refusal := _refusal_in(error):
+            if refusal := _refusal_in(error, before):
                 raise refusal from None
             raise DecodeError(
                 f"{owner}: its config cannot be rebuilt here: {skew.in_short(error)}; "
@@ -202,11 +202,13 @@ def _check_class(model: Any, values: Values) -> None:
         )
 
 
-def _refusal_in(error: BaseException | None) -> DecodeError | None:
-    """Return a refusal of ours that Keras took for an error of a layer's, and wrapped."""
-    while error is not None and not isinstance(error, DecodeError):
+def _refusal_in(error: BaseException | None, before: BaseException | None) -> DecodeError | None:
+    """Return a refusal of ours, as it was: Keras takes it for a layer's error, and rewrites it."""
+    refusal = None
+    while error is not None and error is not before:
+        refusal = error if isinstance(error, DecodeError) else refusal
         error = error.__context__
-    return error
+    return refusal
 
 
 def leave_rate_out(compile_config: dict[str, Any] | None) -> None:

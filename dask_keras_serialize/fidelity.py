@@ -14,7 +14,7 @@ from typing import Any
 
 import keras
 
-from dask_keras_serialize import backends, private, vetting
+from dask_keras_serialize import arguments, backends, private, vetting
 from dask_keras_serialize.aside import aside
 from dask_keras_serialize.layerwise import layer_loss, model_classes, model_loss
 from dask_keras_serialize.likeness import (
@@ -50,6 +50,7 @@ def loss_by_config(
     if type(model) not in model_classes():
         return f"{type(model).__qualname__} is a subclass of Model, with Python state of its own"
     foreign = (None if _only_keras(text) else _foreign(config)) or _foreign([compile_config])
+    foreign = foreign or arguments.found_by_name(compile_config, vetting.hidden_names())
     if foreign:
         return foreign
     layers = list(private.flatten_layers(model))
@@ -102,8 +103,10 @@ def _only_keras(text: str) -> bool:
 _OF_KERAS = re.compile(
     r'''"module": "keras(?:\.\w+)*", "class_name": "[A-Za-z]|"class_name": "__keras_tensor__"'''
 )
-#: Arguments that receivers look at, of five figures or more; see :func:`vetting.argument`.
-_NUMBERED = re.compile(rf'"(?:{"|".join(vetting.COUNTS)})": \d{{5}}')
+#: Arguments that receivers look at, of five figures or more; see :func:`arguments.costly`.
+_NUMBERED = re.compile(
+    rf'"(?:{"|".join((*arguments.COUNTS, arguments.CLASSES))})": \d{{5}}|"vocabulary": \['
+)
 _OWN_NAMES = re.compile(r'"registered_name": (?:null|"Functional"|"Sequential")')
 
 
@@ -131,7 +134,7 @@ def _foreign(config: Any) -> str | None:
                     and not (own or vetting.is_listed(node.get("module")))
                 ):
                     return f"class {name!r} is not Keras's own"
-                if much := vetting.argument(str(name), node["config"]):
+                if much := arguments.costly(str(name), node["config"]):
                     return much
             node = node.values()
         waiting += [each for each in node if isinstance(each, (dict, list, tuple))]

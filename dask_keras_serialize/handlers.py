@@ -69,7 +69,7 @@ def deserialize_keras(header: dict[str, Any], frames: list[Any]) -> Any:
     """
     from dask_keras_serialize.broken import broken
     from dask_keras_serialize.header import Header
-    from dask_keras_serialize.packed import importing_keras
+    from dask_keras_serialize.sides import importing_keras
 
     try:
         checked = Header.from_wire(header)

@@ -35,8 +35,8 @@ FORMAT_VERSION = 1
 
 Encoding = Literal["config", "value"]
 
-#: As many as NumPy has.
-MOST_AXES = 64
+#: Axes, as many as NumPy has; parcels, each with a link to the one before: it takes a recursion.
+MOST_AXES, MOST_LINKS = 64, 250
 
 #: Keras's dtype whose elements have no size; see :mod:`dask_keras_serialize.strings`.
 STRING = "string"
@@ -250,8 +250,7 @@ class Header:
         for v in self.variables:
             if v.dtype not in ITEMSIZE:
                 raise DecodeError(f"{self.owner}: variable {v.path!r} has unknown dtype {v.dtype}")
-            # no backend can hold it, of no bytes either, and some end the process over it
-            if len(v.shape) > MOST_AXES or math.prod(n or 1 for n in v.shape) > sys.maxsize // 16:
+            if not fits_in_an_array(v.shape):
                 raise DecodeError(f"{self.owner}: variable {v.path!r} has no possible shape")
             need = math.prod(v.shape) * ITEMSIZE[v.dtype]
             if v.dtype == STRING and v.location.nbytes >= need:
@@ -275,6 +274,11 @@ class Header:
         except Exception as error:  # msgpack has no common base for what bad bytes raise
             raise DecodeError(f"not a header written by {FORMAT}: {error!r}") from None
         return cls.from_wire(wire)
+
+
+def fits_in_an_array(shape: Sequence[int]) -> bool:
+    """Say whether a backend can hold a shape; some end the process over others, of no bytes too."""
+    return len(shape) <= MOST_AXES and math.prod(n or 1 for n in shape) <= sys.maxsize // 16
 
 
 @functools.cache

@@ -25,6 +25,10 @@ NEVER_BY_CONFIG = ("Lambda", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "Fla
 #: receiver of a config does not, for who sent it may mean ill.
 RUN_FOR_SHAPES = ("Pipeline", "FeatureSpace")
 
+#: Keras's own that compute nothing but in a subclass: called, they fail, on torch only after Keras
+#: has made ones of their input's shape (``compute_output_spec`` in ``keras/src/backend/torch``).
+ABSTRACT = ("Layer", "Wrapper", "DataLayer", "BaseImagePreprocessingLayer")
+
 #: Layers whose ``from_config`` refuses what their ``get_config`` writes: RandomShear's factors are
 #: from -0.3 to 0.3 where 0.3 was given (``preprocessing/image_preprocessing/random_shear.py``).
 UNREADABLE = ("RandomShear",)
@@ -37,6 +41,8 @@ def layer_loss(layer: keras.Layer) -> str | None:
         return f"{where} is a {type(layer).__name__}, which holds code"
     if type(layer).__name__ in RUN_FOR_SHAPES:
         return f"{where} is a {type(layer).__name__}, which Keras runs to know its shapes"
+    if type(layer).__name__ in ABSTRACT:
+        return f"{where} is a {type(layer).__name__}, which computes nothing of its own"
     if type(layer).__name__ in UNREADABLE:
         return f"{where} is a {type(layer).__name__}, whose config Keras itself cannot read"
     if isinstance(layer, keras.Model):
@@ -44,6 +50,8 @@ def layer_loss(layer: keras.Layer) -> str | None:
             return f"{where} is a subclass of Model"
         if layer.compiled:
             return f"{where} is a compiled model inside a model"
+    if never_built(layer):
+        return f"{where} has layers that were never built"
     if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
         return f"{where} is quantized or carries LoRA factors"
     if getattr(layer, "stateful", False):
@@ -165,6 +173,12 @@ def _structure_lost(layer: keras.Layer) -> str | None:
     return None
 
 
+def never_built(layer: keras.Layer) -> bool:
+    """Say whether a Sequential is built but for its layers, as ``add(rebuild=False)`` leaves it."""
+    is_built = isinstance(layer, keras.Sequential) and layer.built
+    return is_built and not all(each.built for each in layer.layers)
+
+
 def model_loss(model: keras.Model) -> str | None:
     """Name the first thing of the model itself, as a layer, that its config would lose."""
     if extra := _extra(model):
@@ -172,6 +186,8 @@ def model_loss(model: keras.Model) -> str | None:
     for name in ("stop_training", "stop_evaluating", "stop_predicting"):
         if vars(model).get(name) and not model.compiled:
             return f"its {name} is not in its config"
+    if never_built(model):
+        return "it has layers that were never built"
     lost = _variable_lost(model) or _structure_lost(model)
     if lost or not model.supports_jit:
         return f"its {lost or 'supports_jit'} is not in its config"

@@ -16,6 +16,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from dask_keras_serialize import private
+
 #: Callables that Keras writes to a config by their name.
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
 
@@ -36,14 +38,9 @@ def keras_finds(function: Any) -> bool:
 
 @functools.lru_cache(256)
 def functions_named(name: str) -> tuple[Any, ...]:
-    """Return what Keras finds by a name; by name, for a cache of functions would keep them."""
-    found = []
-    for registry in (keras.activations, keras.losses, keras.metrics):
-        try:
-            found.append(registry.get(name))
-        except Exception:  # unknown there, or no name at all
-            continue
-    return tuple(found)
+    """Return functions of Keras's own that have a name; a cache of functions would keep others."""
+    own = (private.functions(registry) for registry in ("activations", "losses", "metrics"))
+    return tuple(functions[name] for functions in own if name in functions)
 
 
 def argument_lost(obj: Any) -> str | None:

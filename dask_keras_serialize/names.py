@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 #: Arguments, lists or the keys of a dict, that Keras takes for regular expressions; groups that are
@@ -23,6 +23,9 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 #: Letters of all paths: honest ones have some hundred each.
 MOST_LETTERS = 3 * 10**7
+
+#: Letters of a vocabulary with what fills the shorter words: of an honest one some ten for each.
+MOST_PADDED, MOST_PADDING = 10**7, 50
 
 #: What it costs to look for a pattern at all, as if it were so many places; for one that ``re``
 #: compiles each time, as it does where there are more than it remembers.
@@ -113,6 +116,13 @@ def too_costly(
             if (spent + most_of_maps) * len(known) > MOST_PLACES:
                 return f"the patterns of {key!r}, {str(given)[:60]!r}, may take for ever"
     return None
+
+
+def lopsided(words: Sequence[str | bytes]) -> bool:
+    """Say whether words take much more as NumPy's array, each of the longest's size (UTF-32)."""
+    longest = max(map(len, words), default=0)
+    padded, letters = longest * len(words), sum(map(len, words))
+    return padded > MOST_PADDED and padded > MOST_PADDING * letters
 
 
 def twice(inner: object) -> str | None:

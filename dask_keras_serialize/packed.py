@@ -8,18 +8,19 @@ the object opens it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dask_keras_serialize import sides, views
+from dask_keras_serialize import views
 from dask_keras_serialize.broken import BrokenObject, broken
 from dask_keras_serialize.errors import DecodeError, FormatError, MissingPackageError
 from dask_keras_serialize.frames import Frame, as_frames, own_mapping
-from dask_keras_serialize.header import FORMAT, Header, VariableEntry
+from dask_keras_serialize.header import FORMAT, MOST_LINKS, Header, VariableEntry
+from dask_keras_serialize.sides import importing_keras
 from dask_keras_serialize.whereabouts import caller
 
 if TYPE_CHECKING:
@@ -51,8 +52,10 @@ class Parcel:
         self.frames: list[Frame] = as_frames(buffers, self._read(header))
         self._buffers = tuple(buffers)
         self.links = tuple(links)
+        self.depth: int = 1 + max((link.depth for link in links), default=0)
         self._packed_header = header
         self._rebuilt: Rebuilt | None = None
+        self._token = ""
 
     def _read(self, header: bytes) -> str:
         """Read the header; return what errors call the object."""
@@ -154,7 +157,15 @@ class Parcel:
 
         # normalised here: Dask takes what it is given by its str(), which numpy shortens
         arrays = [np.frombuffer(frame, np.uint8) for frame in self.frames]
-        return FORMAT, normalize_token([self._packed_header, *arrays, *self.links])
+        links = (link.token() for link in self.links)
+        return FORMAT, normalize_token([self._packed_header, *arrays, *links])
+
+    def token(self) -> str:
+        """Return Dask's token of it, made once: many may link to it, each by several ways."""
+        from dask.tokenize import tokenize
+
+        self._token = self._token or tokenize(self)
+        return self._token
 
     def __repr__(self) -> str:
         return f"<Parcel of {self._summary()}>"
@@ -240,8 +251,7 @@ class PackedAttribute:
     """
 
     def __init__(self, packed: PackedObject, name: str) -> None:
-        self._packed = packed
-        self._name = name
+        self._packed, self._name = packed, name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Open the model and call its method."""
@@ -252,19 +262,6 @@ class PackedAttribute:
 
     def __repr__(self) -> str:
         return f"<{self._name} of {self._packed!r}>"
-
-
-@contextmanager
-def importing_keras(header: Header) -> Iterator[None]:
-    """Turn what importing Keras and its backend raises into an error that names the model."""
-    try:
-        yield
-    except Exception as error:  # ImportError; ValueError for a backend that Keras does not know
-        raise DecodeError(
-            f"{header.owner}: Keras and its backend {header.backend!r} are needed to open it "
-            f"and cannot be imported here ({error}): install them, as with pip install "
-            f"{FORMAT}[{header.backend}], and set KERAS_BACKEND; {sides.named(header)}"
-        ) from error
 
 
 def receive(
@@ -292,7 +289,7 @@ def receive(
     """
     try:
         if not isinstance(links, list | tuple) or not all(map(_is_link, links)):
-            raise DecodeError("malformed parcel: its links are none; send it again")
+            raise DecodeError("malformed parcel: links are none, or too deep; send it again")
         for link in links:
             if isinstance(link, BrokenObject):
                 return link
@@ -305,7 +302,9 @@ def receive(
 
 
 def _is_link(value: object) -> bool:
-    return isinstance(value, Parcel | BrokenObject)
+    if isinstance(value, Parcel):
+        return value.depth < MOST_LINKS
+    return isinstance(value, BrokenObject)
 
 
 def take(parcel: Parcel | BrokenObject, key: Key | None) -> Any:

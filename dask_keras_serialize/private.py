@@ -8,7 +8,10 @@ which alone touches it; of TensorFlow, in its adapter.
 
 from __future__ import annotations
 
+import functools
 import re
+import sys
+import types
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import Any
@@ -170,6 +173,10 @@ KERAS = {
         "keras/src/callbacks/callback_list.py",
         "lists of callbacks fail by value while a model trains",
     ),
+    "ALL_OBJECTS_DICT": (
+        "keras/src/activations/__init__.py",
+        "functions of Keras's are known by the names it gives them in public alone",
+    ),
     "DynamicBackend": ("keras/src/utils/backend_utils.py", _NOT_BY_VALUE),
 }
 
@@ -182,6 +189,19 @@ MADE |= {"_trainable_variables", "_non_trainable_variables", "_metrics", "_seed_
 
 #: Layers that hold a table of TensorFlow's, which nothing can pickle.
 LOOKUPS = (keras.layers.StringLookup, keras.layers.IntegerLookup)
+
+
+@functools.cache
+def functions(registry: str) -> dict[str, Any]:
+    """Return the functions that Keras finds by name; its ``get`` would make objects of classes."""
+    module = sys.modules.get(f"keras.src.{registry}")
+    objects = getattr(module, "ALL_OBJECTS_DICT", None) or vars(getattr(keras, registry))
+    public = ("get", "serialize", "deserialize")
+    return {
+        name: each
+        for name, each in objects.items()
+        if isinstance(name, str) and isinstance(each, types.FunctionType) and name not in public
+    }
 
 
 def feeds_at_creation() -> bool:

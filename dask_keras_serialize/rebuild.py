@@ -28,7 +28,7 @@ from dask_keras_serialize.aside import aside
 from dask_keras_serialize.cuda import DeviceFrame
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.frames import LARGE, AnyFrame, Bytes, unpack
-from dask_keras_serialize.header import ITEMSIZE, STRING, Header, numpy_dtype
+from dask_keras_serialize.header import ITEMSIZE, STRING, Header, fits_in_an_array, numpy_dtype
 from dask_keras_serialize.hooks import in_this_thread
 
 #: So many variables more than were sent may be made in a rebuild, and dropped.
@@ -174,7 +174,7 @@ def values_at_creation(values: Values) -> Iterator[Given]:
             values.place(index, functools.partial(values.backend.initialize, variable))
             given[id(variable)] = index, variable
             return
-        spare -= _afford(variable, values.header, spare)
+        spare -= _afford(variable, initializer, values.header, spare)
         unmatched -= 1
         if unmatched < 0:
             raise DecodeError(
@@ -219,21 +219,33 @@ def assign_rest(variables: Sequence[keras.Variable], given: Given, values: Value
             variable.trainable = entry.trainable
 
 
-def _afford(variable: keras.Variable, header: Header, most: int) -> int:
+def _afford(variable: keras.Variable, initializer: Any, header: Header, most: int) -> int:
     """Return a new variable's bytes; refuse to create more than all that was sent: a config lies.
 
     Raises
     ------
     DecodeError
-        If they are more than ``most``.
+        If they are more than ``most``; if no array has such a shape, or the initializer's value
+        has another.
     """
     shape = tuple(variable._shape)
+    asked = f"{header.owner}: its config asks for a variable {variable.path!r} of "
+    if not fits_in_an_array(shape):
+        raise DecodeError(f"{asked}{len(shape)} axes that no array has; send it again")
     nbytes: int = math.prod(shape) * ITEMSIZE.get(variable.dtype, 1)
     if nbytes > most:
         raise DecodeError(
-            f"{header.owner}: its config asks for a variable {variable.path!r} of shape {shape}, "
+            f"{asked}shape {shape}, "
             "larger than all the bytes that were sent, or than what was left of them; send it again"
         )
+    if isinstance(initializer, keras.initializers.Constant):  # each broadcasts over the other
+        of_value = np.shape(initializer.value)
+        try:
+            fits = np.broadcast_shapes(of_value, shape) == shape
+        except ValueError:
+            fits = False
+        if not fits:
+            raise DecodeError(f"{asked}shape {shape}, and gives it a value of {of_value}")
     return nbytes
 
 

@@ -15,9 +15,6 @@ import keras
 
 from dask_keras_serialize.hooks import in_this_thread
 
-#: What a config may have for layers to be added here; with anything else Keras adds them.
-_KNOWN = {"name", "trainable", "dtype", "layers", "build_input_shape"}
-
 
 @contextmanager
 def built_once() -> Iterator[None]:
@@ -38,20 +35,15 @@ def built_once() -> Iterator[None]:
 
 
 def _is_known(config: Any) -> bool:
-    """Say whether a config is what ``get_config`` writes; not so of Keras 2's layers."""
-    return (
-        isinstance(config, dict)
-        and {"name", "layers"} <= config.keys() <= _KNOWN
-        and isinstance(config["layers"], list)
-        and len(config["layers"]) > 0
-        and all(isinstance(each, dict) and "module" in each for each in config["layers"])
-    )
+    """Say whether a config has layers; those of Keras 2, without modules, get to no receiver."""
+    layers = config.get("layers") if isinstance(config, dict) else None
+    return isinstance(layers, list) and len(layers) > 0
 
 
 def _build(config: dict[str, Any], custom_objects: dict[str, Any] | None) -> keras.Sequential:
     layers = [keras.saving.deserialize_keras_object(each, custom_objects)
               for each in config["layers"]]  # fmt: skip
-    model = keras.Sequential(name=config["name"])
+    model = keras.Sequential(name=config.get("name"))
     for layer in layers[:-1]:
         model.add(layer, rebuild=False)
     model.add(layers[-1])

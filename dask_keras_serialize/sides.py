@@ -1,4 +1,4 @@
-"""Both sides' versions, at the end of an error, for who may not have Keras.
+"""Both sides' versions, at the end of an error, for who may not have Keras; and that it is missing.
 
 Where Keras and its backend are there, :func:`dask_keras_serialize.skew.named` says which differ.
 """
@@ -6,9 +6,12 @@ Where Keras and its backend are there, :func:`dask_keras_serialize.skew.named` s
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from itertools import islice
 
+from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.header import FORMAT, Header, package_version, python_version
 
 
@@ -19,6 +22,19 @@ def named(header: Header) -> str:
     )
     here = f"python {python_version()}, {_keras()}, {FORMAT} {package_version()}"
     return f"it was sent by {sent or 'unknown versions'}, this is {here}"
+
+
+@contextmanager
+def importing_keras(header: Header) -> Iterator[None]:
+    """Turn what importing Keras and its backend raises into an error that names the model."""
+    try:
+        yield
+    except Exception as error:  # ImportError; ValueError for a backend that Keras does not know
+        raise DecodeError(
+            f"{header.owner}: Keras and its backend {header.backend!r} are needed to open it "
+            f"and cannot be imported here ({error}): install them, as with pip install "
+            f"{FORMAT}[{header.backend}], and set KERAS_BACKEND; {named(header)}"
+        ) from error
 
 
 def _keras() -> str:

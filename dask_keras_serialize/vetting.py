@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import keras
 from dask import config as dask_config
 
-from dask_keras_serialize import names, skew
+from dask_keras_serialize import arguments, names, skew
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.fields import FIELDS
 from dask_keras_serialize.header import FORMAT, ITEMSIZE, Header
-from dask_keras_serialize.layerwise import NEVER_BY_CONFIG, RUN_FOR_SHAPES, model_classes
+from dask_keras_serialize.layerwise import ABSTRACT, NEVER_BY_CONFIG, RUN_FOR_SHAPES, model_classes
 from dask_keras_serialize.likeness import functions_named
 
 #: What Keras finds by ``class_name`` that is no class, and builds nothing but data.
@@ -32,15 +32,6 @@ _NUMBERS = frozenset({"__tensor__", "__numpy__"})
 
 #: Names that Keras registers its own classes under.
 _OWN_NAMES = (None, "Functional", "Sequential")
-
-#: Arguments that are data, or where to read it: a path, which would be this machine's.
-_FILES = ("vocabulary", "idf_weights")
-
-#: Arguments that say how many tensors, thresholds, n-grams, copies are made, of whatever is sent.
-COUNTS = ("indices_or_sections", "num", "num_thresholds", "ngrams", "n", "num_oov_indices")
-
-#: More tensors no operation makes; building that many takes a second. Nor all together so many.
-MOST_TENSORS, MOST_ASKED = 10_000, 200_000
 
 
 class Vetted(NamedTuple):
@@ -93,25 +84,30 @@ def read(text: Any, header: Header) -> Vetted:
     classes: dict[str, type] = {}
     tensors: dict[int, bool] = {}
     asked: float = 0
-    # the user's own last: to look at them may be to import them
-    named.sort(key=lambda node: is_listed(node.get("module")))
     is_newer = skew.is_newer(header)
     ending = f"; {skew.named(header)}" if is_newer else ""
     if reason := names.too_costly(config, named, (each.path for each in header.variables)):
         raise DecodeError(f"{problem}: {reason}{ending}")
+    hidden, compiled = hidden_names(), config["compile"]
+    if reason := _is_no_policy(config["policy"]) or arguments.found_by_name(compiled, hidden):
+        raise DecodeError(f"{problem}: {reason}{ending}")
     for node in named:
         try:
-            reason = _refusal(node, classes, tensors) or names.twice(node["config"])
-            asked += _asked(node["config"])
+            reason = _refusal(node, tensors, hidden) or names.twice(node["config"])
+            asked += arguments.asked(node["config"])
         except RecursionError as error:
             raise DecodeError(f"{problem}, it is malformed: {error!r}; send it again") from None
-        if reason or asked > MOST_ASKED:
-            reason = reason or f"its arguments ask for more than {MOST_ASKED} together"
+        if reason or asked > arguments.MOST_ASKED:
+            reason = reason or f"its arguments ask for more than {arguments.MOST_ASKED} together"
             raise DecodeError(f"{problem}: {reason}{ending}")
         if is_newer and isinstance(node["config"], dict):
             cls = _symbol(node.get("module"), node["class_name"])
             if isinstance(cls, type):
                 skew.leave_out_unused(cls, node["config"])
+    # to look at the user's own may be to import them: when all else may be built
+    for node in named:
+        if is_listed(node.get("module")) and (reason := _user_class(node, classes)):
+            raise DecodeError(f"{problem}: {reason}{ending}")
     return Vetted(config, classes, len(named))
 
 
@@ -133,10 +129,8 @@ def of_keras(module: object) -> bool:
     return isinstance(module, str) and f"{module}.".startswith("keras.")
 
 
-def _refusal(
-    node: dict[str, Any], classes: dict[str, type], tensors: dict[int, bool]
-) -> str | None:
-    """Say why what a node of a config names must not be built; collect the user's classes."""
+def _refusal(node: dict[str, Any], tensors: dict[int, bool], hidden: frozenset[str]) -> str | None:
+    """Say why what a node of a config names must not be built; of the user's, but for the class."""
     name, module, inner = node["class_name"], node.get("module"), node["config"]
     registered = node.get("registered_name")
     if not isinstance(name, str) or not isinstance(registered, str | None):
@@ -154,8 +148,9 @@ def _refusal(
         return f"it holds a {name.strip('_')}, which is code"
     if not _calls_with_tensors(node, tensors):
         return f"{name!r} is called without a tensor of the model's"
-    if is_listed(module):
-        return _user_class(str(module), name, registered, classes) or argument(name, inner)
+    reason = arguments.found_by_name(inner, hidden) or arguments.costly(name, inner)
+    if reason or is_listed(module):
+        return reason
     cls = _symbol(module, name)
     kinds = (*_KINDS, keras.dtype_policies.DTypePolicyMap)
     if not isinstance(cls, type) or not issubclass(cls, kinds) or not of_keras(cls.__module__):
@@ -167,35 +162,47 @@ def _refusal(
         return f"{name!r} is registered as {registered!r}"
     if issubclass(cls, _HOLDING_CODE):
         return f"{name} holds code"
-    if issubclass(cls, _RUN_FOR_SHAPES):
+    if issubclass(cls, _RUN_FOR_SHAPES) or cls.__name__ in ABSTRACT:
         return f"{name} would be run for its shapes"
     if issubclass(cls, keras.Model) and cls not in model_classes():
         return f"{name} is a subclass of Model"
-    return argument(name, inner)
+    return _is_no_policy(node) if cls is keras.dtype_policies.DTypePolicyMap else None
 
 
-def argument(name: str, inner: object) -> str | None:
-    """Say which argument of a class asks for more than there is, and how."""
-    if not isinstance(inner, dict):
+def _is_no_policy(value: object) -> str | None:
+    """Say what is not a dtype policy where there has to be one, in a map of them too."""
+    if value is None or isinstance(value, str):
         return None
-    for key in _FILES:
-        if isinstance(inner.get(key), str):
-            return f"{key} of {name} is a file of another machine"
-    for key in COUNTS:
-        if isinstance(inner.get(key), int | float) and inner[key] > MOST_TENSORS:
-            return f"{key} of {name} asks for {inner[key]} at once"
-    return None
+    node: dict[str, Any] = value if isinstance(value, dict) else {}
+    cls = _symbol(node.get("module"), str(node.get("class_name")))
+    is_policy = isinstance(cls, type) and issubclass(cls, keras.DTypePolicy)
+    inner = node.get("config")
+    if not is_policy or not isinstance(inner, dict):
+        return f"{str(value)[:60]!r} is no dtype policy"
+    if cls is not keras.dtype_policies.DTypePolicyMap:
+        return None
+    policies = inner.get("policy_map") or {}
+    if not isinstance(policies, dict):
+        return f"{str(policies)[:60]!r} is no map of dtype policies"
+    found = (_is_no_policy(each) for each in (inner.get("default_policy"), *policies.values()))
+    return next(filter(None, found), None)
 
 
-def _asked(inner: object) -> float:
-    """Return how many tensors, thresholds and so on an object's arguments ask for together."""
-    given = [inner.get(key) for key in COUNTS] if isinstance(inner, dict) else []
-    return sum(each for each in given if isinstance(each, int | float) and 0 < each <= MOST_TENSORS)
+def hidden_names() -> frozenset[str]:
+    """Return names by which Keras finds what was registered here, which no config may ask for."""
+    known = keras.saving.get_custom_objects()
+    return frozenset(
+        name
+        for name, each in known.items()
+        if not of_keras(getattr(each, "__module__", None))
+        and not is_listed(getattr(each, "__module__", None))
+    )
 
 
 def finds_function(module: object, name: object) -> bool:
     """Say whether a config's function is an activation, loss or metric of Keras's, by its name."""
     named = functions_named(name) if isinstance(name, str) else ()
+    # no class that it finds by the same name, which it would make
     known = (module == "builtins" or _symbol(module, str(name)) is each for each in named)
     return any(known)
 
@@ -221,7 +228,7 @@ def _has_tensor(value: object, known: dict[int, bool]) -> bool:
         match value:
             case {"class_name": "__keras_tensor__", "config": inner}:
                 found = isinstance(inner, dict)
-            case {"class_name": "__keras_tensor__" | "__slice__"}:  # into which Keras does not look
+            case {"class_name": str()}:  # of which Keras makes something else
                 found = False
             case _:
                 found = any(_has_tensor(each, known) for each in parts)
@@ -229,10 +236,12 @@ def _has_tensor(value: object, known: dict[int, bool]) -> bool:
     return known[id(value)]
 
 
-def _user_class(
-    module: str, name: str, registered: str | None, classes: dict[str, type]
-) -> str | None:
+def _user_class(node: dict[str, Any], classes: dict[str, type]) -> str | None:
     """Import and collect a class of a module that the user lists; say why not."""
+    module, name = str(node["module"]), node["class_name"]
+    registered = node.get("registered_name")
+    if name == "function" or name in _DATA | _NUMBERS:
+        return None
     try:
         cls: Any = importlib.import_module(module)
         for part in name.split("."):

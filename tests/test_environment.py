@@ -6,7 +6,7 @@ import pytest
 from dask_keras_serialize import DecodeError, sides
 from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
 from dask_keras_serialize.header import FORMAT, Header, package_version, python_version
-from dask_keras_serialize.packed import importing_keras
+from dask_keras_serialize.sides import importing_keras
 from tests import zoo
 
 pytestmark = pytest.mark.once

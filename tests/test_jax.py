@@ -12,7 +12,8 @@ import pytest
 
 from dask_keras_serialize import compiled
 from dask_keras_serialize.backends.jax_trainer import HELD
-from dask_keras_serialize.errors import EncodeError
+from dask_keras_serialize.errors import DecodeError, EncodeError
+from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
 from tests import zoo
 
 X, Y = zoo.X, zoo.LABELS
@@ -125,3 +126,15 @@ def test_a_limit_is_told_by_the_name_that_is_set_already(monkeypatch):
     devices.settle(Limits(fraction=0.25))
     assert os.environ[new] == "0.25"
     assert old not in os.environ
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [[["a", 10**9], ["x"], [None]], [[10**9, -1], ["x"], [None]], [[2.5], ["x"], [None]], [[], 1]],
+    ids=repr,
+)
+def test_a_placement_that_is_none(placement):
+    header, frames = serialize_keras(zoo.build("sequential"))
+    body = header["body"] | {"placements": [[0, placement]]}
+    with pytest.raises(DecodeError, match="cannot be placed as"):
+        deserialize_keras(header | {"body": body}, frames)

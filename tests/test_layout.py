@@ -34,9 +34,9 @@ FLOORS = [
     {"layerwise", "mending"},
     {"shells"},
     {"binding", "environment"},
+    {"arguments", "likeness"},
     {
         "private",
-        "likeness",
         "parts",
         "blame",
         "aside",

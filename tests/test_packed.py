@@ -268,3 +268,28 @@ def test_a_worker_passes_on_what_it_cannot_open(monkeypatch):
     del held, passed_on, info
     for buffer in buffers:
         buffer.append(0)
+
+
+def linked(depth, width=1, parcel=None):
+    """Return parcels of an optimizer, each with links to the one before."""
+    parcel = parcel or pack(keras.optimizers.SGD())
+    receive, (header, _, *frames) = parcel.__reduce_ex__(5)
+    for _ in range(depth):
+        parcel = receive(header, (parcel,) * width, *frames)
+    return parcel
+
+
+def test_links_that_go_deep():
+    deep = linked(200)
+    assert isinstance(deep.open(), keras.optimizers.SGD)
+    assert isinstance(packed.take(deep, None), keras.optimizers.SGD)
+    with pytest.raises(DecodeError, match="links are none, or too deep"):
+        linked(2000)
+
+
+def test_links_in_diamonds_are_looked_at_once():
+    """Each of 40 has two links to the one before, which are a million million ways to the first."""
+    first = pack(keras.optimizers.SGD())
+    one, other, less = (linked(depth, 2, first) for depth in (40, 40, 39))
+    assert tokenize(one) == tokenize(other) != tokenize(less)
+    assert isinstance(one.open(), keras.optimizers.SGD)

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import sys
 import threading
 from contextlib import contextmanager
 from importlib import import_module
@@ -107,8 +108,18 @@ FOUND = {
     "Function": lambda m: isinstance(zoo.functional(), private.Function) or None,
     "TrackedList": lambda m: isinstance(m.metrics_names, private.TRACKED[0]) or private.TRACKED,
     "CallbackList._executor": lambda m: (keras.callbacks.CallbackList()._executor, 1),
+    "ALL_OBJECTS_DICT": lambda m: sys.modules["keras.src.losses"].ALL_OBJECTS_DICT["mse"],
     "DynamicBackend": lambda m: private.DynamicBackend()._backend,
 }
+
+
+def test_functions_are_found_without_a_registry_too(monkeypatch):
+    asked = {"activations": "silu", "losses": "mean_squared_error"}
+    found = {name: private.functions(registry)[name] for registry, name in asked.items()}
+    for registry, name in asked.items():
+        monkeypatch.delattr(sys.modules[f"keras.src.{registry}"], "ALL_OBJECTS_DICT")
+        assert private.functions.__wrapped__(registry)[name] is found[name]
+        assert "get" not in private.functions.__wrapped__(registry)
 
 
 def test_every_entry_is_checked():

@@ -13,6 +13,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from importlib import import_module
 
 import dask
 import keras
@@ -362,11 +363,10 @@ def test_arguments_that_ask_for_much_together_are_refused():
 
 
 def test_a_nest_is_read_once():
-    """For tensors, in layers that are called on layers: each level read all below it again."""
-    tensor = {"class_name": "__keras_tensor__", "config": {}}
-    config = {"class_name": "Flatten", "config": {}, "inbound_nodes": [[0, tensor]]}
+    """For tensors, in layers that are called on nests: each level read all below it again."""
+    config = {"class_name": "__keras_tensor__", "config": {}}
     for _ in range(60):
-        config = {"class_name": "Flatten", "config": {}, "inbound_nodes": [[0, config]]}
+        config = {"inbound_nodes": [[0, config]]}
     known: dict[int, bool] = {}
     asked = []
 
@@ -863,20 +863,115 @@ def test_nor_do_layers_call_layers_without_end(nodes, monkeypatch):
     refused(*with_more_layers(*nodes), message)
 
 
+def kinds_of(cls):
+    return {cls}.union(*map(kinds_of, cls.__subclasses__()))
+
+
 def test_which_layers_are_run_for_their_shapes():
-    """All others of Keras's that hold layers say their shapes without."""
+    """All others of Keras's say their shapes without, or run for nothing on what has no data."""
     own = ("compute_output_shape", "compute_output_spec")
     found = {
-        name
-        for name, cls in vars(keras.layers).items()
-        if isinstance(cls, type)
-        and issubclass(cls, keras.Layer)
+        cls.__name__
+        for cls in kinds_of(keras.Layer)
+        if vetting.of_keras(cls.__module__)
         and all(getattr(cls, each) is getattr(keras.Layer, each) for each in own)
     }
     cells = {"GRUCell", "LSTMCell", "SimpleRNNCell", "StackedRNNCells"}
-    without_calls = {"InputLayer", "Layer", "Wrapper"}
-    holding_code = set(layerwise.NEVER_BY_CONFIG)
-    assert found - holding_code <= cells | without_calls | set(layerwise.RUN_FOR_SHAPES)
+    # of applications, which compute what they are called on; in a FeatureSpace; subclasses of Model
+    small = {"LayerScale", "StochasticDepth", "CustomScaleLayer", "TFDConcat", "TFDIdentity"}
+    refused_otherwise = {"InputLayer", "Model", "Distiller", *layerwise.NEVER_BY_CONFIG}
+    known = cells | small | refused_otherwise | {*layerwise.RUN_FOR_SHAPES, *layerwise.ABSTRACT}
+    assert found <= known
+
+
+@pytest.mark.parametrize("name", ["Layer", "Wrapper", "DataLayer"])
+def test_layers_that_compute_nothing_are_not_run(name):
+    module = "keras.layers"
+    if not hasattr(keras.layers, name):
+        module = "keras.src.layers.preprocessing.data_layer"
+        pytest.importorskip(module)
+    big = layer("InputLayer", batch_shape=[10**9, 2], dtype="float32", name="big")
+    node = layer(name, module, name="c")
+    nodes = (at(big), at(node, call(tensor("big", shape=(1, 1)))))
+    refused(*with_more_layers(*nodes), f"{name} would be run for its shapes")
+
+
+def in_a_policy(node):
+    """Serialize a model with a map of dtype policies that has something else in it."""
+    header, frames = serialize_keras(model())
+    config = json.loads(header["body"]["config"])
+    config["policy"] = layer("DTypePolicyMap", "keras.dtype_policies", policy_map={"x": node})
+    return changed(header, config), frames
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        layer("Dense", units=20_000, name="x") | {"build_config": {"input_shape": [None, 20_000]}},
+        layer("DTypePolicyMap", "keras.dtype_policies", policy_map={"x": layer("ReLU")}),
+        layer("DTypePolicyMap", "keras.dtype_policies", policy_map=[1]),
+        layer("SGD", "keras.optimizers"),
+        {"class_name": "__tensor__", "config": {"value": [1], "dtype": "float32"}},
+        [1],
+    ],
+    ids=lambda node: str(node)[:70],
+)
+def test_a_policy_is_a_policy(node):
+    refused(*in_a_policy(node), "no dtype policy|no map of dtype policies")
+    own = layer("Dense", units=2, name="dense")
+    own["config"]["dtype"] = layer("DTypePolicyMap", "keras.dtype_policies", policy_map={"x": node})
+    refused(*with_layer(own), "no dtype policy|no map of dtype policies")
+
+
+def test_policies_are_built_under_the_same_limits(monkeypatch):
+    monkeypatch.setattr(vetting, "_is_no_policy", lambda value: None)
+    node = layer("Dense", units=20_000, name="x")
+    node["build_config"] = {"input_shape": [None, 20_000]}
+    refused(*in_a_policy(node), "larger than all the bytes that were sent")
+
+
+@pytest.mark.parametrize("name", ["__bytes__", "__numpy__", "__tensor__", "function", "Dense"])
+def test_a_tensor_in_what_becomes_something_else_is_none(name):
+    hidden = {"class_name": name, "config": {"value": "x", "dtype": "int8", "t": tensor("input")}}
+    pool = layer("MaxPooling3D", pool_size=[2**30] * 3, name="c")
+    message = "without a tensor of the model's|malformed|not Keras's own|not a class of Keras's own"
+    refused(*with_more_layers(at(pool, call(ARRAY, training=hidden))), message)
+
+
+@pytest.mark.parametrize("name", ["Mean", "auc", "AUC", "MeanSquaredError", "get", "deserialize"])
+def test_functions_are_functions_and_none_is_made_to_know(name):
+    state = import_module("keras.src.backend.common.global_state")
+    before = dict(state.get_global_attribute("object_name_uids"))
+    node = layer("Dense", units=2, activation=layer("function", "builtins") | {"config": name})
+    message = with_layer(node)
+    state.get_global_attribute("object_name_uids").update(before)
+    refused(*message, f"the function '{name}' of 'builtins' is not Keras's own")
+    assert state.get_global_attribute("object_name_uids") == before
+
+
+def test_axes_that_no_machine_can_count():
+    big = layer("InputLayer", batch_shape=[2**60, 2**60], dtype="float32", name="big")
+    calls = [call(*[tensor(*("o", i - 1) if i else ("big",), shape=(1, 1))] * 2) for i in range(40)]
+    outer = layer("Outer", "keras.src.ops.numpy", name="o") | {"registered_name": "Outer"}
+    del outer["build_config"]
+    refused(*with_more_layers(at(big), at(outer, *calls)), "axes as no array has")
+
+
+@pytest.mark.parametrize(
+    "shape", [[0, 2**62, 2**62], [2**31] * 40 + [0], [0, 2**64], [1] * 65], ids=len
+)
+def test_variables_of_no_bytes_have_a_shape_too(shape):
+    node = layer("LayerNormalization", axis=list(range(len(shape))), center=False, name="n")
+    node["build_config"] = {"input_shape": shape}
+    refused(*with_more_layers(at(node)), "axes that no array has|has no possible shape")
+
+
+def test_a_constant_is_of_the_variables_shape():
+    constant = layer("Constant", "keras.initializers", value=[0] * 20_000)
+    node = layer("Dense", units=1, kernel_initializer=constant, name="n")
+    node["build_config"] = {"input_shape": [None, 16_000]}
+    message = r"of shape \(16000, 1\), and gives it a value of \(20000,\)"
+    refused(*with_more_layers(at(node)), message)
 
 
 def test_a_pipeline_goes_by_value_and_back():

@@ -234,6 +234,8 @@ def place(tensor: jax.Array, placement: list[Any]) -> jax.Array:
     Copies: one, where it is sharded.
     """
     shape, names, spec = placement
+    if not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError("no mesh has such a shape")
     devices = jax.devices()[: math.prod(shape)]
     if keras.distribution.distribution() is not None or len(devices) < math.prod(shape):
         return tensor

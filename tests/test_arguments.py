@@ -1,0 +1,121 @@
+"""What arguments may ask for: refused of a config, and sent by value of an honest model."""
+
+import json
+
+import dask
+import keras
+import numpy as np
+import pytest
+
+from dask_keras_serialize import assets
+from dask_keras_serialize.errors import DecodeError
+from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
+from tests import zoo
+from tests.test_vetting import changed, layer, refused, with_layer
+
+RAN = []
+
+
+@keras.saving.register_keras_serializable(package="registered")
+class Registered(keras.losses.Loss):
+    def __init__(self, **settings):
+        RAN.append("made")
+        super().__init__()
+
+    def call(self, y, predicted):
+        return keras.ops.mean(keras.ops.abs(y - predicted), axis=-1)
+
+
+@keras.saving.register_keras_serializable(package="registered")
+def registered(x):
+    RAN.append("called")
+    return x
+
+
+def compiled(**settings):
+    built = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="d")])
+    built.compile("sgd", **settings)
+    return built
+
+
+@pytest.mark.parametrize("by_value", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kernel_initializer": "registered>Registered"},
+        {"activation": "registered>registered"},
+        {"activation": layer("function", "builtins") | {"config": "registered>registered"}},
+        {"activation": layer("function", "builtins") | {"config": "registered"}},
+    ],
+    ids=repr,
+)
+def test_what_was_registered_here_is_not_asked_for_by_name(settings, by_value):
+    RAN.clear()
+    with dask.config.set({"dask-keras-serialize.by-value": by_value}):
+        node = layer("Dense", units=2, **settings)
+        refused(*with_layer(node), "registered.*not Keras's own")
+    assert RAN == []
+
+
+@pytest.mark.parametrize("place", ["loss", "metrics", "weighted_metrics"])
+def test_nor_by_what_compiles(place):
+    header, frames = serialize_keras(compiled(loss="mse", metrics=["mae"]))
+    assert header["encoding"] == "config"
+    config = json.loads(header["body"]["config"])
+    config["compile"][place] = ["registered>Registered"]
+    RAN.clear()
+    refused(changed(header, config), frames, "'registered>Registered'.*this process registered")
+    assert RAN == []
+
+
+def test_who_asked_for_it_by_name_sends_by_value():
+    source = compiled(loss="registered>Registered")
+    source.build()
+    header, frames = serialize_keras(source)
+    assert header["encoding"] == "value"
+    zoo.assert_same(source, deserialize_keras(header, frames))
+
+
+@pytest.mark.parametrize("name", ["IoU", "MeanIoU", "OneHotIoU", "OneHotMeanIoU"])
+def test_metrics_that_list_all_classes(name):
+    header, frames = serialize_keras(compiled(loss="mse", metrics=["mae"]))
+    config = json.loads(header["body"]["config"])
+    node = layer(name, "keras.metrics", num_classes=10**8, target_class_ids=[0], name="m")
+    config["compile"]["metrics"] = [node]
+    refused(changed(header, config), frames, f"num_classes of {name} asks for 100000000 at once")
+
+
+WORDS = ["a" * 20_000, *map(str, range(20_000))]
+
+
+def test_a_vocabulary_that_one_word_makes_large():
+    node = layer("StringLookup", vocabulary=WORDS)
+    refused(*with_layer(node), "one word in the vocabulary of StringLookup is too long")
+
+
+def looks_up(words):
+    lookup = keras.layers.StringLookup(output_mode="count")
+    lookup.set_vocabulary(words)
+    inputs = keras.Input((2,), dtype="string")
+    return keras.Model(inputs, lookup(inputs))
+
+
+in_tensorflow = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="a layer of TensorFlow's"
+)
+
+
+@in_tensorflow
+@pytest.mark.parametrize("words", [WORDS, ["an uncommonly long word", *WORDS[1:]]], ids=len)
+def test_honest_vocabularies_arrive(words):
+    source = looks_up(words)
+    header, frames = serialize_keras(source)
+    assert header["encoding"] == ("value" if words is WORDS else "config")
+    assert deserialize_keras(header, frames).layers[-1].get_vocabulary()[1:] == words
+
+
+@in_tensorflow
+def test_a_file_of_one_word_that_makes_it_large():
+    text = np.frombuffer("\n".join(WORDS).encode(), np.uint8)
+    with pytest.raises(DecodeError, match="one word of its vocabulary is too long"):
+        assets.write(looks_up(["a"]), [(1, "vocabulary.txt")], [text])
