@@ -1,6 +1,9 @@
 """What arguments may ask for: refused of a config, and sent by value of an honest model."""
 
+import contextlib
+import inspect
 import json
+import tracemalloc
 
 import dask
 import keras
@@ -119,3 +122,51 @@ def test_a_file_of_one_word_that_makes_it_large():
     text = np.frombuffer("\n".join(WORDS).encode(), np.uint8)
     with pytest.raises(DecodeError, match="one word of its vocabulary is too long"):
         assets.write(looks_up(["a"]), [(1, "vocabulary.txt")], [text])
+
+
+#: Arguments that are names.
+PLAIN = {
+    "self",
+    "name",
+    "dtype",
+    "reduction",
+    "kwargs",
+    "loss_scale_factor",
+    "use_ema",
+    "jit_compile",
+}
+
+
+def what_compiles():
+    """Yield each of Keras's metrics, losses and optimizers with each argument it takes."""
+    for module, place, base in (
+        ("metrics", "metrics", keras.Metric),
+        ("losses", "loss", keras.Loss),
+        ("optimizers", "optimizer", keras.Optimizer),
+    ):
+        for name, cls in sorted(vars(getattr(keras, module)).items()):
+            if isinstance(cls, type) and issubclass(cls, base):
+                for argument in inspect.signature(cls.__init__).parameters.keys() - PLAIN:
+                    yield module, place, name, argument
+
+
+@pytest.mark.once
+def test_nothing_that_compiles_takes_memory_for_a_number():
+    header, frames = serialize_keras(compiled(loss="mse", metrics=["mae"]))
+    seen = 0
+    tracemalloc.start()
+    try:
+        for module, place, name, argument in what_compiles():
+            config = json.loads(header["body"]["config"])
+            node = layer(name, f"keras.{module}", **{argument: 10**7})
+            config["compile"][place] = [node] if place == "metrics" else node
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
+            with contextlib.suppress(DecodeError):
+                deserialize_keras(changed(header, config), frames)
+            peak = tracemalloc.get_traced_memory()[1] - before
+            assert peak < 30e6, f"{argument} of {name} took {peak / 1e6:.0f} MB"
+            seen += 1
+    finally:
+        tracemalloc.stop()
+    assert seen > 100
