@@ -27,7 +27,7 @@ RUN_FOR_SHAPES = ("Pipeline", "FeatureSpace")
 
 #: Keras's own that compute nothing but in a subclass: called, they fail, on torch only after Keras
 #: has made ones of their input's shape (``compute_output_spec`` in ``keras/src/backend/torch``).
-ABSTRACT = ("Layer", "Wrapper", "DataLayer", "BaseImagePreprocessingLayer")
+ABSTRACT = ("Layer", "Wrapper", "DataLayer", "TFDataLayer", "BaseImagePreprocessingLayer")
 
 #: Layers whose ``from_config`` refuses what their ``get_config`` writes: RandomShear's factors are
 #: from -0.3 to 0.3 where 0.3 was given (``preprocessing/image_preprocessing/random_shear.py``).

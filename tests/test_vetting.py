@@ -954,7 +954,13 @@ def test_axes_that_no_machine_can_count():
     calls = [call(*[tensor(*("o", i - 1) if i else ("big",), shape=(1, 1))] * 2) for i in range(40)]
     outer = layer("Outer", "keras.src.ops.numpy", name="o") | {"registered_name": "Outer"}
     del outer["build_config"]
-    refused(*with_more_layers(at(big), at(outer, *calls)), "axes as no array has")
+    said = ""  # older Kerases multiply as NumPy does, in no time
+    try:
+        deserialize_keras(*with_more_layers(at(big), at(outer, *calls)))
+    except DecodeError as error:
+        said = str(error)
+    assert not said or ("axes as no array has" in said and "\n" not in said)
+    assert said or tuple(map(int, keras.version().split(".")[:2])) < (3, 13)
 
 
 @pytest.mark.parametrize(
