@@ -281,12 +281,13 @@ def one_round(client: Any, workers: list[str], models: list[Any], number: int) -
 
 
 def new_architecture(number: int) -> Any:
-    """Build a model like no other number's."""
+    """Build a model like no other number's, of the same names and shapes: TensorFlow keeps each."""
     import keras
 
-    inputs = keras.Input((32,), name=f"inputs_{number}")
-    x = keras.layers.Dense(8 + number % 50, name=f"hidden_{number}")(inputs)
-    return keras.Model(inputs, keras.layers.Dense(3)(x), name=f"model_{number}")
+    inputs = keras.Input((32,), name="inputs")
+    x = keras.layers.Rescaling(1.0 + number / 1000, name="scaled")(inputs)
+    x = keras.layers.Dense(8 + number % 50, name="hidden")(x)
+    return keras.Model(inputs, keras.layers.Dense(3, name="outputs")(x), name="new")
 
 
 def filled(number: int) -> Any:
@@ -294,8 +295,10 @@ def filled(number: int) -> Any:
     import keras
 
     constant = keras.initializers.Constant(number)
-    layer = keras.layers.Dense(2048, use_bias=False, kernel_initializer=constant)
-    return keras.Sequential([keras.Input((2048,)), layer])
+    layer = keras.layers.Dense(
+        2048, use_bias=False, kernel_initializer=constant, name="filled_layer"
+    )
+    return keras.Sequential([keras.Input((2048,)), layer], name="filled")
 
 
 def report(row: dict[str, Any]) -> None:

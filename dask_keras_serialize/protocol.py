@@ -251,8 +251,8 @@ REPORT = "please report it"
 
 
 def _decode(header: Header, parts: Sequence[AnyFrame], links: Sequence[Rebuilt]) -> Rebuilt:
-    garbage.make_room(header.nbytes)
     values = values_of(header, parts)
+    garbage.make_room(header.nbytes)  # which the frames have, by now
     try:
         locations = [frames.Location(*map(int, row)) for row in header.body["extras"]]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
