@@ -1,4 +1,4 @@
-"""What arguments in a config ask for: more than there is, a file, a class by its registered name.
+"""What arguments in a config ask for: more than there is, or a file.
 
 Those that are looked at here, wherever they stand, and whoever's class takes them.
 """
@@ -16,28 +16,8 @@ COUNTS = ("indices_or_sections", "num", "num_thresholds", "ngrams", "n", "num_oo
 #: The same, of the metrics named IoU, which list all classes; an operation may have more of them.
 CLASSES = "num_classes"
 
-#: Keys under which a string is no name of a class: Keras looks none of them up.
-_NO_NAMES = frozenset({"name", "vocabulary", "input_layers", "output_layers", "layers"})
-
 #: More tensors no operation makes; building that many takes a second. Nor all together so many.
 MOST_TENSORS, MOST_ASKED = 10_000, 200_000
-
-
-def found_by_name(value: object, hidden: frozenset[str]) -> str | None:
-    """Say which string in arguments Keras would look up among the classes registered here."""
-    waiting = [value] if hidden else []
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, str) and each in hidden:
-            return f"{each!r} is what this process registered, not Keras's own"
-        if isinstance(each, list):
-            waiting += each
-        # a node inside is looked at by itself
-        elif isinstance(each, dict) and (
-            each is value or not {"class_name", "config"} <= each.keys()
-        ):
-            waiting += [inner for key, inner in each.items() if key not in _NO_NAMES]
-    return None
 
 
 def costly(name: str, inner: object) -> str | None:

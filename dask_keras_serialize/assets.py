@@ -15,9 +15,10 @@ from typing import TypeVar
 import keras
 import numpy as np
 
-from dask_keras_serialize import names, private
+from dask_keras_serialize import private
 from dask_keras_serialize.backends import Array
 from dask_keras_serialize.errors import DecodeError
+from dask_keras_serialize.names import lopsided
 from dask_keras_serialize.whereabouts import temporary_folder
 
 _Result = TypeVar("_Result")
@@ -62,9 +63,9 @@ def write(model: keras.Model, names: list[tuple[int, str]], extras: list[Array])
         _in_a_folder(partial(_load, layers[i], content_of))
 
 
-def is_lopsided(place: tuple[int, str], content: Array) -> bool:
+def is_lopsided(name: str, content: Array) -> bool:
     """Say whether a file is a vocabulary that takes much more memory than its bytes."""
-    return place[1] == "vocabulary.txt" and names.lopsided(content.tobytes().splitlines())
+    return name == "vocabulary.txt" and lopsided(content.tobytes().splitlines())
 
 
 def _with_assets(model: keras.Model) -> Iterator[tuple[int, keras.Layer]]:
@@ -82,7 +83,7 @@ def _saved(layer: keras.Layer, folder: Path) -> list[tuple[str, Array]]:
 
 def _load(layer: keras.Layer, files: dict[str, Array], folder: Path) -> None:
     for name, content in files.items():
-        if is_lopsided((0, name), content):
+        if is_lopsided(name, content):
             raise DecodeError(f"layer {layer.name!r}: one word of its vocabulary is too long")
         (folder / name).write_bytes(content.tobytes())
     layer.load_assets(str(folder))

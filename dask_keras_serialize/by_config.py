@@ -77,7 +77,7 @@ def dump(model: keras.Model) -> Description | str:
         files, extras = assets.read(model)
     except OSError as error:
         return f"its layers' assets cannot be written to a temporary folder: {error}"
-    if any(map(assets.is_lopsided, files, extras)):
+    if any(assets.is_lopsided(name, each) for (_, name), each in zip(files, extras, strict=True)):
         return "one word of a vocabulary in it is too long"
     layers = [model, *private.flatten_layers(model)]
     rest = {

@@ -50,7 +50,7 @@ def loss_by_config(
     if type(model) not in model_classes():
         return f"{type(model).__qualname__} is a subclass of Model, with Python state of its own"
     foreign = (None if _only_keras(text) else _foreign(config)) or _foreign([compile_config])
-    foreign = foreign or arguments.found_by_name(compile_config, vetting.hidden_names())
+    foreign = foreign or vetting.found_by_name(compile_config)
     if foreign:
         return foreign
     layers = list(private.flatten_layers(model))

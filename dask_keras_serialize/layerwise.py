@@ -41,7 +41,7 @@ def layer_loss(layer: keras.Layer) -> str | None:
         return f"{where} is a {type(layer).__name__}, which holds code"
     if type(layer).__name__ in RUN_FOR_SHAPES:
         return f"{where} is a {type(layer).__name__}, which Keras runs to know its shapes"
-    if type(layer).__name__ in ABSTRACT:
+    if type(layer).__name__ in ABSTRACT and type(layer).__module__.startswith("keras."):
         return f"{where} is a {type(layer).__name__}, which computes nothing of its own"
     if type(layer).__name__ in UNREADABLE:
         return f"{where} is a {type(layer).__name__}, whose config Keras itself cannot read"
@@ -50,8 +50,6 @@ def layer_loss(layer: keras.Layer) -> str | None:
             return f"{where} is a subclass of Model"
         if layer.compiled:
             return f"{where} is a compiled model inside a model"
-    if never_built(layer):
-        return f"{where} has layers that were never built"
     if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
         return f"{where} is quantized or carries LoRA factors"
     if getattr(layer, "stateful", False):
@@ -152,8 +150,11 @@ def _structure_lost(layer: keras.Layer) -> str | None:
 
     Or that it is called on a number of NumPy's, which a config makes one of Python's: that takes
     the dtype of what it is added to. Or on an array without numbers, whose shape a list does not
-    tell.
+    tell. Or that a Sequential is built but for its layers, as ``add(rebuild=False)`` leaves it.
     """
+    is_built = isinstance(layer, keras.Sequential) and layer.built
+    if is_built and not all(each.built for each in layer.layers):
+        return "layer that was never built"
     for name in ("_inputs_struct", "_outputs_struct"):
         waiting = [vars(layer).get(name)]
         while waiting:
@@ -173,12 +174,6 @@ def _structure_lost(layer: keras.Layer) -> str | None:
     return None
 
 
-def never_built(layer: keras.Layer) -> bool:
-    """Say whether a Sequential is built but for its layers, as ``add(rebuild=False)`` leaves it."""
-    is_built = isinstance(layer, keras.Sequential) and layer.built
-    return is_built and not all(each.built for each in layer.layers)
-
-
 def model_loss(model: keras.Model) -> str | None:
     """Name the first thing of the model itself, as a layer, that its config would lose."""
     if extra := _extra(model):
@@ -186,8 +181,6 @@ def model_loss(model: keras.Model) -> str | None:
     for name in ("stop_training", "stop_evaluating", "stop_predicting"):
         if vars(model).get(name) and not model.compiled:
             return f"its {name} is not in its config"
-    if never_built(model):
-        return "it has layers that were never built"
     lost = _variable_lost(model) or _structure_lost(model)
     if lost or not model.supports_jit:
         return f"its {lost or 'supports_jit'} is not in its config"

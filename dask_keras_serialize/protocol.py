@@ -252,7 +252,7 @@ REPORT = "please report it"
 
 def _decode(header: Header, parts: Sequence[AnyFrame], links: Sequence[Rebuilt]) -> Rebuilt:
     values = values_of(header, parts)
-    garbage.make_room(header.nbytes)  # which the frames have, by now
+    garbage.make_room(header.nbytes)  # no more than came
     try:
         locations = [frames.Location(*map(int, row)) for row in header.body["extras"]]
     except (KeyError, TypeError, ValueError, OverflowError) as error:

@@ -26,7 +26,7 @@ def built_once() -> Iterator[None]:
     def from_config(
         original: Any, cls: type[keras.Sequential], config: Any, custom_objects: Any = None
     ) -> Any:
-        if cls is keras.Sequential and _is_known(config):
+        if cls is keras.Sequential and _has_layers(config):
             return _build(config, custom_objects)
         return original(cls, config, custom_objects)
 
@@ -34,7 +34,7 @@ def built_once() -> Iterator[None]:
         yield
 
 
-def _is_known(config: Any) -> bool:
+def _has_layers(config: Any) -> bool:
     """Say whether a config has layers; those of Keras 2, without modules, get to no receiver."""
     layers = config.get("layers") if isinstance(config, dict) else None
     return isinstance(layers, list) and len(layers) > 0

@@ -30,6 +30,9 @@ _DATA = frozenset({"__keras_tensor__", "__bytes__", "__ellipsis__", "__slice__"}
 #: The same, of numbers, whose dtype may ask for more memory than they have.
 _NUMBERS = frozenset({"__tensor__", "__numpy__"})
 
+#: Keys under which a string is no name of a class: Keras looks none of them up.
+_NO_NAMES = frozenset({"name", "vocabulary", "input_layers", "output_layers", "layers"})
+
 #: Names that Keras registers its own classes under.
 _OWN_NAMES = (None, "Functional", "Sequential")
 
@@ -88,12 +91,11 @@ def read(text: Any, header: Header) -> Vetted:
     ending = f"; {skew.named(header)}" if is_newer else ""
     if reason := names.too_costly(config, named, (each.path for each in header.variables)):
         raise DecodeError(f"{problem}: {reason}{ending}")
-    hidden, compiled = hidden_names(), config["compile"]
-    if reason := _is_no_policy(config["policy"]) or arguments.found_by_name(compiled, hidden):
+    if reason := _is_no_policy(config["policy"]) or found_by_name(config["compile"]):
         raise DecodeError(f"{problem}: {reason}{ending}")
     for node in named:
         try:
-            reason = _refusal(node, tensors, hidden) or names.twice(node["config"])
+            reason = _refusal(node, tensors) or names.twice(node["config"])
             asked += arguments.asked(node["config"])
         except RecursionError as error:
             raise DecodeError(f"{problem}, it is malformed: {error!r}; send it again") from None
@@ -129,7 +131,7 @@ def of_keras(module: object) -> bool:
     return isinstance(module, str) and f"{module}.".startswith("keras.")
 
 
-def _refusal(node: dict[str, Any], tensors: dict[int, bool], hidden: frozenset[str]) -> str | None:
+def _refusal(node: dict[str, Any], tensors: dict[int, bool]) -> str | None:
     """Say why what a node of a config names must not be built; of the user's, but for the class."""
     name, module, inner = node["class_name"], node.get("module"), node["config"]
     registered = node.get("registered_name")
@@ -148,7 +150,7 @@ def _refusal(node: dict[str, Any], tensors: dict[int, bool], hidden: frozenset[s
         return f"it holds a {name.strip('_')}, which is code"
     if not _calls_with_tensors(node, tensors):
         return f"{name!r} is called without a tensor of the model's"
-    reason = arguments.found_by_name(inner, hidden) or arguments.costly(name, inner)
+    reason = found_by_name(inner) or arguments.costly(name, inner)
     if reason or is_listed(module):
         return reason
     cls = _symbol(module, name)
@@ -166,43 +168,54 @@ def _refusal(node: dict[str, Any], tensors: dict[int, bool], hidden: frozenset[s
         return f"{name} would be run for its shapes"
     if issubclass(cls, keras.Model) and cls not in model_classes():
         return f"{name} is a subclass of Model"
-    return _is_no_policy(node) if cls is keras.dtype_policies.DTypePolicyMap else None
+    return _is_no_map(inner) if cls is keras.dtype_policies.DTypePolicyMap else None
 
 
 def _is_no_policy(value: object) -> str | None:
-    """Say what is not a dtype policy where there has to be one, in a map of them too."""
+    """Say what is not a dtype policy where there has to be one."""
     if value is None or isinstance(value, str):
         return None
     node: dict[str, Any] = value if isinstance(value, dict) else {}
     cls = _symbol(node.get("module"), str(node.get("class_name")))
     is_policy = isinstance(cls, type) and issubclass(cls, keras.DTypePolicy)
-    inner = node.get("config")
-    if not is_policy or not isinstance(inner, dict):
-        return f"{str(value)[:60]!r} is no dtype policy"
-    if cls is not keras.dtype_policies.DTypePolicyMap:
+    if is_policy and isinstance(node.get("config"), dict):
         return None
-    policies = inner.get("policy_map") or {}
+    return f"{str(value)[:60]!r} is no dtype policy"
+
+
+def _is_no_map(inner: object) -> str | None:
+    """Say what in the config of a map is not a dtype policy; a map in it is looked at by itself."""
+    settings: dict[str, Any] = inner if isinstance(inner, dict) else {}
+    policies = settings.get("policy_map") or {}
     if not isinstance(policies, dict):
         return f"{str(policies)[:60]!r} is no map of dtype policies"
-    found = (_is_no_policy(each) for each in (inner.get("default_policy"), *policies.values()))
+    found = map(_is_no_policy, (settings.get("default_policy"), *policies.values()))
     return next(filter(None, found), None)
 
 
-def hidden_names() -> frozenset[str]:
-    """Return names by which Keras finds what was registered here, which no config may ask for."""
-    known = keras.saving.get_custom_objects()
-    return frozenset(
-        name
-        for name, each in known.items()
-        if not of_keras(getattr(each, "__module__", None))
-        and not is_listed(getattr(each, "__module__", None))
-    )
+def found_by_name(value: object) -> str | None:
+    """Say which string in arguments Keras would look up among the classes registered here."""
+    registered = keras.saving.get_custom_objects()
+    waiting = [value] if registered else []
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, str) and each in registered:
+            module = getattr(registered[each], "__module__", None)
+            if not of_keras(module) and not is_listed(module):
+                return f"{each!r} is what this process registered, not Keras's own"
+        elif isinstance(each, list):
+            waiting += each
+        # a node inside is looked at by itself
+        elif isinstance(each, dict) and (
+            each is value or not {"class_name", "config"} <= each.keys()
+        ):
+            waiting += [inner for key, inner in each.items() if key not in _NO_NAMES]
+    return None
 
 
 def finds_function(module: object, name: object) -> bool:
     """Say whether a config's function is an activation, loss or metric of Keras's, by its name."""
     named = functions_named(name) if isinstance(name, str) else ()
-    # no class that it finds by the same name, which it would make
     known = (module == "builtins" or _symbol(module, str(name)) is each for each in named)
     return any(known)
 

@@ -229,5 +229,5 @@ def test_the_commands_run(core_bin: Path, processes: Processes, tmp_path: Path):
         env=here.environment("gpu-worker-1") | {"CUDA_VISIBLE_DEVICES": "-1"},
     )
     refusal = "device='gpu' is asked for, and 0 GPUs are there"
-    until(lambda: refusal in processes.log(3), "a GPU worker starts without one")
+    until(lambda: refusal in processes.log(3), "a GPU worker starts without one", 60)
     assert here.check("gpu-worker-1").returncode

@@ -177,7 +177,7 @@ def test_a_later_worker_that_cannot_is_closed():
         client.register_plugin(PlaceKeras(device=3))
         client.subscribe_topic("warn", warned.append)  # in place of warning of it
         cluster.scale(1)
-        until(lambda: warned and not client.nthreads(), "it is not closed")
+        until(lambda: warned and not client.nthreads(), "it is not closed", 60)
         cluster.scale(0)
     (_, said), *_ = warned
     assert re.match(r"worker tcp://.*device=3 is asked for.*it is closed", said)

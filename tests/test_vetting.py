@@ -889,7 +889,7 @@ def test_layers_that_compute_nothing_are_not_run(name):
     module = "keras.layers"
     if not hasattr(keras.layers, name):
         module = "keras.src.layers.preprocessing.data_layer"
-        pytest.importorskip(module)
+        pytest.importorskip(module, reason="an older Keras, with TFDataLayer in its place")
     big = layer("InputLayer", batch_shape=[10**9, 2], dtype="float32", name="big")
     node = layer(name, module, name="c")
     nodes = (at(big), at(node, call(tensor("big", shape=(1, 1)))))
@@ -923,8 +923,16 @@ def test_a_policy_is_a_policy(node):
     refused(*with_layer(own), "no dtype policy|no map of dtype policies")
 
 
+def test_maps_of_policies_are_looked_at_however_deep():
+    node = layer("ReLU")
+    for _ in range(300):
+        node = layer("DTypePolicyMap", "keras.dtype_policies", policy_map={"x": node})
+    refused(*in_a_policy(node), "no dtype policy")
+
+
 def test_policies_are_built_under_the_same_limits(monkeypatch):
-    monkeypatch.setattr(vetting, "_is_no_policy", lambda value: None)
+    for each in ("_is_no_policy", "_is_no_map"):
+        monkeypatch.setattr(vetting, each, lambda value: None)
     node = layer("Dense", units=20_000, name="x")
     node["build_config"] = {"input_shape": [None, 20_000]}
     refused(*in_a_policy(node), "larger than all the bytes that were sent")

@@ -87,7 +87,7 @@ def test_a_worker_that_has_no_replica_yet_fetches_one(client):
 
 def has(client, future, workers):
     """Wait until just these workers have a model; a worker's word takes a moment."""
-    until(lambda: set(client.who_has(future)[future.key]) == set(workers), "others have it")
+    until(lambda: set(client.who_has(future)[future.key]) == set(workers), "others have it", 30)
     return True
 
 
@@ -112,7 +112,7 @@ def test_workers_keep_what_is_warm_until_the_future_is_gone(client):
     client.register_plugin(plugin)  # as warm as before: it was not dropped meanwhile
     key = warm.key
     del warm
-    until(lambda: set(client.run(kept, key=key).values()) == {None}, "it is kept")
+    until(lambda: set(client.run(kept, key=key).values()) == {None}, "it is kept", 30)
 
 
 @pytest.mark.programs
@@ -131,7 +131,7 @@ def test_later_workers_are_warm_and_start_even_if_the_model_is_gone(client):
     client.cluster.scale(4)
     client.wait_for_workers(4, timeout=60)
     client.cluster.scale(2)
-    until(lambda: len(client.nthreads()) == 2, "more workers are there")
+    until(lambda: len(client.nthreads()) == 2, "more workers are there", 30)
 
 
 @pytest.mark.parametrize("built", [True, False])

@@ -204,7 +204,7 @@ def tolerance(model: keras.Model) -> float:
     return max(TOLERANCE, LASTS * coarsest)
 
 
-def close(ours: list[Any], theirs: list[Any], within: float) -> float:
+def close(ours: list[Any], theirs: list[Any], least: float = TOLERANCE) -> float:
     """Fail unless arrays are equal as far as backends compute alike; return by how much not."""
     most = 0.0
     for a, b in zip(ours, theirs, strict=True):
@@ -212,6 +212,7 @@ def close(ours: list[Any], theirs: list[Any], within: float) -> float:
         if a.dtype.kind not in "fc":
             np.testing.assert_array_equal(a, b)
             continue
+        within = max(least, LASTS * float(np.finfo(a.dtype).eps))
         np.testing.assert_allclose(a, b, atol=within, rtol=within)
         most = max([most, *np.abs(a.astype("float64") - b).ravel()])
     return most
