@@ -123,9 +123,9 @@ test-faults: ## end processes, fill a disk, cut a network in the middle of model
 	$(MAKE) test MARKS=faults TEST_PROCESSES=0
 
 fuzz: ## fuzz the decoder for FUZZ_SECONDS, in an environment of its own
-	$(MAKE) install BACKEND_EXTRA=fuzz VENV=$(VENV)-fuzz EXTRAS=test,fuzz,tensorflow-cpu KERAS_BACKEND=tensorflow
+	$(MAKE) install VENV=$(VENV)-fuzz EXTRAS=test,fuzz,$(BACKEND_EXTRA)
 	mkdir -p build/fuzz
-	KERAS_BACKEND=tensorflow $(VENV)-fuzz/bin/python -m tests.fuzz -max_total_time=$(FUZZ_SECONDS) \
+	$(VENV)-fuzz/bin/python -m tests.fuzz -max_total_time=$(FUZZ_SECONDS) \
 	  -max_len=4096 -timeout=15 -rss_limit_mb=8192 -print_final_stats=1 \
 	  -artifact_prefix=build/fuzz/found- build/fuzz tests/corpus
 

@@ -4,16 +4,18 @@ In each round models of three kinds (a functional one with its trained optimizer
 by value, a dense one of 16 MiB), of other numbers each time, go the ways that models go: scattered
 and gathered; broadcast; as a task's argument, run there and returned; spilled and read again, for
 the workers keep less in memory than there is. So do four of architectures that no process has seen
-before, each three times: what arrives a third time is cloned from a template. Some of what arrived
-is called, as one here is. All are dropped after their checksums were compared, and after each
-round every process says how much memory, and how many descriptors, threads and live objects of
-Keras it has, and how many models this package has rebuilt there.
+before, each three times: what arrives a third time is cloned from a template. Of these a worker
+remembers REMEMBERED here, not a thousand, so that the first rounds fill what a process may keep.
+Some of what arrived is called, as one here is. All are dropped after their checksums were
+compared, and after each round every process says how much memory it has once it has given back
+what is free, how many descriptors, threads and live objects of Keras, and how many models this
+package has rebuilt there.
 
 At the end the first third of the rounds is left out, in which pools and caches fill. Exit status 1
 where over the others memory grew by more than a twentieth, or in a worker by more than KEPT bytes
 for each model rebuilt in it, by its slope (the median of those between any two rounds: Theil and
-Sen's), or where anything else was more by a few at the end. What Keras builds on workers, and what
-comes back to the client, does not count as rebuilt.
+Sen's), or where anything else was more by a few at the end. Models that workers fill are deep
+copies; these, and what comes back to the client, do not count as rebuilt.
 
 Nothing is trained on the way, nor does it ``predict``: what is measured is this package. Keras on
 TensorFlow keeps some MB of each model that a process trains, and a third of one of each that
@@ -24,6 +26,8 @@ after the other, without any serialization; ``--predict N`` the same of models t
 from __future__ import annotations
 
 import argparse
+import copy
+import ctypes
 import gc
 import json
 import os
@@ -49,8 +53,9 @@ MEMORY_PART, NUMBER = 0.05, 8
 #: Bytes that a worker may keep of a model rebuilt in it: pools settle for as long as it runs.
 KEPT = 20_000
 
-#: Architectures in each round that are in no other.
-NEW = 4
+#: Architectures in each round that are in no other; how many a process remembers of them, and of
+#: distributed's messages.
+NEW, REMEMBERED = 4, 40
 
 
 def build(seed: int) -> list[Any]:
@@ -145,11 +150,24 @@ class Counted:
         return result
 
 
-def count_rebuilds() -> None:
-    """Count from now on what this package rebuilds in this process, whatever way it came."""
-    from dask_keras_serialize import protocol
+def prepare() -> None:
+    """Count from now on what this package rebuilds here, whatever way it came; remember less."""
+    from dask_keras_serialize import protocol, templates
 
     protocol._decode = Counted(protocol._decode)
+    templates.REMEMBERED = REMEMBERED
+
+
+def wait_for_release(client: Any, seconds: float = 10) -> None:
+    """Wait until workers have heard that nobody wants a round's models; what stays is counted."""
+    end = time.monotonic() + seconds
+    while any(client.run(holds).values()) and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def holds(dask_worker: Any) -> int:
+    """Return how many tasks a worker knows."""
+    return len(dask_worker.state.tasks)
 
 
 def stand() -> dict[str, int]:
@@ -159,6 +177,8 @@ def stand() -> dict[str, int]:
     from dask_keras_serialize import protocol
 
     gc.collect()
+    if sys.platform == "linux":  # what is free goes back: only what is kept counts
+        ctypes.CDLL(None).malloc_trim(0)
     kinds = (keras.Layer, keras.Variable)
     process = psutil.Process()
     return {
@@ -203,6 +223,9 @@ def main() -> int:
             "distributed.worker.memory.spill": 0.7,
             # of which workers keep what was seen in each of the last thousand seconds
             "distributed.worker.profile.enabled": False,
+            # of the last thousand messages below 1 MB that went to each peer every one is kept,
+            # with the models in it: distributed/batched.py, recent_message_log
+            "distributed.admin.low-level-log-length": REMEMBERED,
         }
     )
     kinds = build(0)
@@ -214,10 +237,11 @@ def main() -> int:
         Client(cluster) as client,
     ):  # fmt: skip
         workers = sorted(client.scheduler_info(n_workers=-1)["workers"])
-        client.run(count_rebuilds)
+        client.run(prepare)
         began = time.monotonic()
         while time.monotonic() - began < options.seconds:
             models += one_round(client, workers, kinds, len(rounds))
+            wait_for_release(client)
             found = {"client": stand(), **client.run(stand)}
             rounds.append({"seconds": time.monotonic() - began, "models": models, "found": found})
             report(rounds[-1])
@@ -257,6 +281,7 @@ def one_round(client: Any, workers: list[str], models: list[Any], number: int) -
     back = client.gather([client.submit(run, each, pure=False) for each in held])
     assert [sums for sums, _ in back] == [checksum(model) for _, model in back]
     moved += 2 * len(models)
+    dense = held[-1]
     del held, sums, back
     fresh = [new_architecture(number * NEW + i) for i in range(NEW)]
     expected = [checksum(model) for model in fresh]
@@ -273,7 +298,7 @@ def one_round(client: Any, workers: list[str], models: list[Any], number: int) -
     np.testing.assert_allclose(one, called(fresh[0]), rtol=1e-4, atol=1e-4)
     moved += 1
     # 40 of 16 MiB: more than workers keep, so most are spilled, and read again
-    many = [client.submit(filled, i, pure=False) for i in range(40)]
+    many = [client.submit(filled, dense, i, pure=False) for i in range(40)]
     assert client.gather([client.submit(checksum, each) for each in many]) == [
         [float(i) * 2048 * 2048] for i in range(40)
     ]
@@ -286,19 +311,16 @@ def new_architecture(number: int) -> Any:
 
     inputs = keras.Input((32,), name="inputs")
     x = keras.layers.Rescaling(1.0 + number / 1000, name="scaled")(inputs)
-    x = keras.layers.Dense(8 + number % 50, name="hidden")(x)
+    x = keras.layers.Dense(8 + number % 10, name="hidden")(x)
     return keras.Model(inputs, keras.layers.Dense(3, name="outputs")(x), name="new")
 
 
-def filled(number: int) -> Any:
-    """Build a dense model of one number."""
-    import keras
-
-    constant = keras.initializers.Constant(number)
-    layer = keras.layers.Dense(
-        2048, use_bias=False, kernel_initializer=constant, name="filled_layer"
-    )
-    return keras.Sequential([keras.Input((2048,)), layer], name="filled")
+def filled(model: Any, number: int) -> Any:
+    """Copy a model, and fill the copy with one number."""
+    twin = copy.deepcopy(model)
+    for variable in twin.variables:
+        variable.assign(np.full(variable.shape, number, np.float32))
+    return twin
 
 
 def report(row: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ def run(data: bytes) -> str:
     """Run one input: its first byte chooses the target; say what became of it."""
     from dask_keras_serialize.errors import DecodeError
     from dask_keras_serialize.header import Header
-    from tests import hostile
+    from tests import hostile, parcels
 
     if data[:1] < b"\x20":
         try:
@@ -30,6 +30,8 @@ def run(data: bytes) -> str:
         except DecodeError:
             return "refused"
         return "whole"
+    if data[:1] < b"\x40":
+        return parcels.outcome(hostile.chosen_by(data[1:]))
     return hostile.outcome(*hostile.mutated(hostile.chosen_by(data[1:])))
 
 
@@ -38,8 +40,9 @@ def main() -> None:
     import atheris
 
     with atheris.instrument_imports(include=["dask_keras_serialize"]):
-        from tests import hostile
-    hostile.messages(), hostile.layer_messages(), hostile.objects()  # made once
+        from tests import hostile, parcels
+    # made once
+    hostile.messages(), hostile.layer_messages(), hostile.objects(), parcels.pickles()
     hostile.limit_memory(1 << 30)
     # a merge runs its first argument as a program, by a shell
     arguments = [f"{sys.executable} -m tests.fuzz", *sys.argv[1:]]

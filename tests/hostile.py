@@ -125,10 +125,14 @@ def layer_messages() -> list[Message]:
 
 
 def mutated(choose: Choose) -> Message:
-    """Choose a message, and what goes wrong with it: one thing, or several."""
+    """Choose a message, and what goes wrong with it."""
     good = layer_messages() if choose(2) else messages()
-    header, frames = good[choose(len(good))]
-    header, frames = copy.deepcopy(header), list(frames)
+    return spoiled(good[choose(len(good))], choose)
+
+
+def spoiled(message: Message, choose: Choose) -> Message:
+    """Choose what goes wrong with a message: one thing, or several."""
+    header, frames = copy.deepcopy(message[0]), list(message[1])
     by_value = header["encoding"] == "value"
     for _ in range(1 + choose(3)):
         what = choose(10)
@@ -331,22 +335,33 @@ def _outcome(header: Any, frames: list[bytes]) -> str:
     except (ValueError, OverflowError):  # nothing that a comm could have brought
         return "refused"
     templates.forget()
-    reason = ""
+    obj = refused(lambda: deserialize_keras(wire, list(frames)))
+    if obj is None:
+        return "refused"
+    compare(obj, wire, frames)
+    return "whole"
+
+
+def refused(attempt: Callable[[], Any]) -> Any:
+    """Return what an attempt gives; None if it is refused, in one line of this package's own."""
     try:
-        obj = deserialize_keras(wire, list(frames))
+        return attempt()
     except KerasSerializeError as error:
         reason = str(error)
-    if reason:
-        assert "\n" not in reason
-        assert len(reason) < 2000
-        assert REPORT not in reason
-        return "refused"
+    assert reason
+    assert "\n" not in reason
+    assert len(reason) < 2000
+    assert REPORT not in reason
+    return None
+
+
+def compare(obj: Any, wire: dict[str, Any], frames: list[Any]) -> None:
+    """Assert that an object holds, bit for bit, what its message says."""
     again, there = serialize_keras(obj)
     values, expected = held(again, there), held(wire, frames)
     if {wire["encoding"], again["encoding"]} != {"config"}:  # by value they come in any order
         values.sort(), expected.sort()
     assert values == expected
-    return "whole"
 
 
 def held(header: Any, frames: list[Any]) -> list[tuple[str, bytes]]:
