@@ -1,9 +1,11 @@
-"""What arguments in a config ask for: more than there is, or a file.
+"""What arguments in a config ask for: more than there is, a file, or what nobody can count.
 
 Those that are looked at here, wherever they stand, and whoever's class takes them.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from dask_keras_serialize import names
 
@@ -11,13 +13,26 @@ from dask_keras_serialize import names
 _FILES = ("vocabulary", "idf_weights")
 
 #: Arguments that say how many tensors, thresholds, n-grams, copies are made, of whatever is sent.
-COUNTS = ("indices_or_sections", "num", "num_thresholds", "ngrams", "n", "num_oov_indices")
+COUNTS = (
+    *("indices_or_sections", "num", "num_thresholds", "ngrams", "n", "num_oov_indices"),
+    "power_iterations",
+)
 
 #: The same, of the metrics named IoU, which list all classes; an operation may have more of them.
 CLASSES = "num_classes"
 
 #: More tensors no operation makes; building that many takes a second. Nor all together so many.
 MOST_TENSORS, MOST_ASKED = 10_000, 200_000
+
+#: Arguments of operations (``keras.ops``) that are text, that are lists of lists, and what each is
+#: of: all others are numbers or lists of such. Operations do not look, and multiply by an axis.
+_TEXT = frozenset(
+    {
+        "name", "dtype", "data_format", "padding", "mode", "interpolation", "fill_mode", "window",
+        "strategy", "indexing", "method", "side", "subscripts", "reduction", "ord", "approximation",
+    }
+)  # fmt: skip
+_LISTS = frozenset({"pad_width", "axes"})
 
 
 def costly(name: str, inner: object) -> str | None:
@@ -40,3 +55,25 @@ def asked(inner: object) -> float:
     """Return how many tensors, thresholds and so on an object's arguments ask for together."""
     given = [inner.get(key) for key in COUNTS] if isinstance(inner, dict) else []
     return sum(each for each in given if isinstance(each, int | float) and 0 < each <= MOST_TENSORS)
+
+
+def not_of_operations(name: str, inner: Any) -> str | None:
+    """Say which argument of an operation is neither a number, nor a list of such, nor its text."""
+    for key, value in inner.items() if isinstance(inner, dict) else ():
+        if key == "kwargs" and isinstance(value, dict):
+            if reason := not_of_operations(name, value):
+                return reason
+            continue
+        fits = isinstance(value, str) and key in _TEXT
+        rows = value if isinstance(value, list | tuple) and key in _LISTS else [value]
+        if not fits and not all(map(_are_numbers, rows)):
+            return f"the argument {key!r} of {name} is not made of numbers"
+    return None
+
+
+def _are_numbers(value: Any) -> bool:
+    """Say whether something is a number, a list of such, or an object, looked at by itself."""
+    if isinstance(value, list | tuple):
+        return all(each is None or isinstance(each, int | float) for each in value)
+    is_object = isinstance(value, dict) and "class_name" in value and "config" in value
+    return value is None or isinstance(value, int | float) or is_object

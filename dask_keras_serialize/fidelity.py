@@ -96,7 +96,7 @@ def _only_keras(text: str) -> bool:
     """
     ours, own_names = (sum(1 for _ in each.finditer(text)) for each in (_OF_KERAS, _OWN_NAMES))
     named, registered = (text.count(f'"{key}": ') for key in ("class_name", "registered_name"))
-    asks_much = _NUMBERED.search(text) is not None
+    asks_much = _NUMBERED.search(text) is not None or _OPERATIONS in text
     return 0 < named == ours and registered == own_names and not asks_much
 
 
@@ -107,6 +107,8 @@ _OF_KERAS = re.compile(
 _NUMBERED = re.compile(
     rf'"(?:{"|".join((*arguments.COUNTS, arguments.CLASSES))})": \d{{5}}|"vocabulary": \['
 )
+#: The modules of operations, at whose arguments receivers look, too.
+_OPERATIONS = '"module": "keras.src.ops.'
 _OWN_NAMES = re.compile(r'"registered_name": (?:null|"Functional"|"Sequential")')
 
 
@@ -136,6 +138,10 @@ def _foreign(config: Any) -> str | None:
                     return f"class {name!r} is not Keras's own"
                 if much := arguments.costly(str(name), node["config"]):
                     return much
+                if unlike := vetting.not_of_operations(
+                    node.get("module"), str(name), node["config"]
+                ):
+                    return unlike
             node = node.values()
         waiting += [each for each in node if isinstance(each, (dict, list, tuple))]
     return None

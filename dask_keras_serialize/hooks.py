@@ -14,7 +14,7 @@ from typing import Any
 
 
 @contextmanager
-def in_this_thread(cls: type, name: str, instead: Callable[..., Any]) -> Iterator[None]:
+def in_this_thread(cls: Any, name: str, instead: Callable[..., Any]) -> Iterator[None]:
     """Have this thread call something else for a method.
 
     Call it inside :func:`rebuild.rebuilding`, which holds the lock.
@@ -22,6 +22,7 @@ def in_this_thread(cls: type, name: str, instead: Callable[..., Any]) -> Iterato
     Parameters
     ----------
     cls : type
+        Or a module, with functions for methods.
     name : str
     instead : callable
         Called with the method as a function, and with what that would have been called with: the

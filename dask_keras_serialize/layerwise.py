@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from dask_keras_serialize import private
+from dask_keras_serialize import calls, private
 from dask_keras_serialize.aside import aside
 from dask_keras_serialize.likeness import argument_lost, keras_finds, kind
 
@@ -27,11 +27,22 @@ RUN_FOR_SHAPES = ("Pipeline", "FeatureSpace")
 
 #: Keras's own that compute nothing but in a subclass: called, they fail, on torch only after Keras
 #: has made ones of their input's shape (``compute_output_spec`` in ``keras/src/backend/torch``).
-ABSTRACT = ("Layer", "Wrapper", "DataLayer", "TFDataLayer", "BaseImagePreprocessingLayer")
+ABSTRACT = (
+    *("Operation", "Layer", "Wrapper", "DataLayer", "TFDataLayer"),
+    "BaseImagePreprocessingLayer",
+)
 
-#: Layers whose ``from_config`` refuses what their ``get_config`` writes: RandomShear's factors are
-#: from -0.3 to 0.3 where 0.3 was given (``preprocessing/image_preprocessing/random_shear.py``).
-UNREADABLE = ("RandomShear",)
+#: Operations whose shapes Keras knows by running what they are given (``keras/src/ops/core.py``).
+RUN_THEIR_ARGUMENTS = (
+    *("AssociativeScan", "Cond", "ForiLoop", "Map", "Scan", "Switch", "VectorizedMap", "WhileLoop"),
+    "JVP",
+)
+
+#: Layers and operations that cannot be made from what their ``get_config`` writes: RandomShear's
+#: factors are from -0.3 to 0.3 where 0.3 was given
+#: (``preprocessing/image_preprocessing/random_shear.py``), the pools add a list to a tuple
+#: (``keras/src/ops/nn.py``).
+UNREADABLE = ("RandomShear", "AdaptiveAveragePool", "AdaptiveMaxPool")
 
 
 def layer_loss(layer: keras.Layer) -> str | None:
@@ -163,6 +174,8 @@ def _structure_lost(layer: keras.Layer) -> str | None:
                 return name
             if isinstance(value, (list, dict)):
                 waiting += value.values() if isinstance(value, dict) else value
+    if called := calls.lost(layer):
+        return called
     for _, node in private.nodes(private.function_of(layer)):
         for value in keras.tree.flatten((node.arguments.args, node.arguments.kwargs)):
             if isinstance(value, keras.KerasTensor):

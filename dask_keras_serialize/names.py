@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from dask_keras_serialize import nests
+
 #: Arguments, lists or the keys of a dict, that Keras takes for regular expressions; groups that are
 #: repeated, have extensions or are referred to, which make some of them take for ever; and what
 #: repeats a part: each of those may try every place in a name.
@@ -20,9 +22,6 @@ _QUANTIFIERS, MOST_PLACES = re.compile(r"[*+?{]"), 10**9
 
 #: Half of a surrogate pair, or a whole one, in JSON.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-
-#: Letters of all paths: honest ones have some hundred each.
-MOST_LETTERS = 3 * 10**7
 
 #: Letters of a vocabulary with what fills the shorter words: of an honest one some ten for each.
 MOST_PADDED, MOST_PADDING = 10**7, 50
@@ -69,13 +68,14 @@ def escapes_text(text: str) -> bool:
 
 
 def refused(text: str, paths: Iterable[str]) -> str | None:
-    """Say for which pattern in a config who receives it will refuse it, as :func:`too_costly`.
+    """Say for what in a config who receives it will refuse it, as :func:`too_costly`.
 
     A model may have been built with such and work: its sender has it go by value then.
     """
     if not escapes_text(text):
         return "a name in it is half of a surrogate pair"
-    if not any(f'"{key}": {opening}"' in text for key in _ARGUMENTS for opening in "[{"):
+    has_patterns = any(f'"{key}": {opening}"' in text for key in _ARGUMENTS for opening in "[{")
+    if nests.is_shallow(text) and not has_patterns:
         return None
     return too_costly(*objects(text), paths)
 
@@ -83,7 +83,7 @@ def refused(text: str, paths: Iterable[str]) -> str | None:
 def too_costly(
     config: dict[str, Any], named: list[dict[str, Any]], paths: Iterable[str]
 ) -> str | None:
-    """Say which names or regular expressions may take all memory, or for ever.
+    """Say which names, nests or regular expressions may take all memory, or for ever.
 
     Patterns are looked for in names of layers, their paths and variables', which ``paths`` are. An
     optimizer looks for all of its own in those of all variables; a map of policies is asked for one
@@ -92,10 +92,10 @@ def too_costly(
     configs = [node["config"] for node in named if isinstance(node["config"], dict)]
     paths = [*config["paths"], *paths]
     known = [each for each in (*(c.get("name") for c in configs), *paths) if isinstance(each, str)]
-    longest, letters = _paths(config)
-    if letters > MOST_LETTERS:
-        return f"the names of its layers, one in the other, make paths of {letters} letters"
-    longest = max(longest, *map(len, known), 0)
+    nest = nests.look_at(config)
+    if nest.refusal:
+        return nest.refusal
+    longest = max(nest.longest, *map(len, known), 0)
     spent, most_of_maps = 0, 0
     for inner in configs:
         for key in _ARGUMENTS:
@@ -146,20 +146,3 @@ def _ways(pattern: str) -> int:
     bars = pattern.count("|")
     # those in groups combine, with each other and in one group after the other
     return 2 ** min(bars, 100) if "(" in pattern else 1 + bars
-
-
-def _paths(config: dict[str, Any]) -> tuple[int, int]:
-    """Return the letters of the longest path that names of objects in objects make, and of all."""
-    longest = letters = 0
-    waiting: list[tuple[Any, int]] = [(config, 0)]
-    while waiting:
-        value, before = waiting.pop()
-        if isinstance(value, dict):
-            inner = value.get("config")
-            name = inner.get("name") if isinstance(inner, dict) else None
-            before += len(name) + 1 if isinstance(name, str) else 0
-            letters += before if name else 0
-            longest = max(longest, before)
-        parts = value.values() if isinstance(value, dict) else value
-        waiting += [(each, before) for each in parts if isinstance(each, (dict, list))]
-    return longest, letters

@@ -107,8 +107,8 @@ class Values:
             return self.backend.place(tensor, placement)
         except (TypeError, ValueError, LookupError, RuntimeError, OverflowError) as error:
             raise DecodeError(
-                f"{self.header.owner}: variable {entry.path!r} cannot be placed as {placement} "
-                f"({error!r}); send it again"
+                f"{self.header.owner}: variable {entry.path!r} cannot be placed as "
+                f"{str(placement)[:200]} ({error!r}); send it again"
             ) from None
 
     def place(self, index: int, put: Callable[[Any], Any]) -> None:

@@ -17,21 +17,23 @@ from typing import Any, NamedTuple
 import keras
 from dask import config as dask_config
 
-from dask_keras_serialize import arguments, names, skew
+from dask_keras_serialize import arguments, calls, names, skew
+from dask_keras_serialize.calls import DATA, NUMBERS
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.fields import FIELDS
 from dask_keras_serialize.header import FORMAT, ITEMSIZE, Header
-from dask_keras_serialize.layerwise import ABSTRACT, NEVER_BY_CONFIG, RUN_FOR_SHAPES, model_classes
+from dask_keras_serialize.layerwise import (
+    ABSTRACT,
+    NEVER_BY_CONFIG,
+    RUN_FOR_SHAPES,
+    RUN_THEIR_ARGUMENTS,
+    UNREADABLE,
+    model_classes,
+)
 from dask_keras_serialize.likeness import functions_named
 
-#: What Keras finds by ``class_name`` that is no class, and builds nothing but data.
-_DATA = frozenset({"__keras_tensor__", "__bytes__", "__ellipsis__", "__slice__"})
-
-#: The same, of numbers, whose dtype may ask for more memory than they have.
-_NUMBERS = frozenset({"__tensor__", "__numpy__"})
-
-#: Keys under which a string is no name of a class: Keras looks none of them up.
-_NO_NAMES = frozenset({"name", "vocabulary", "input_layers", "output_layers", "layers"})
+#: Where in arguments strings are no names of classes: Keras looks none of them up.
+_NO_NAMES = ("name", "vocabulary", "input_layers", "output_layers")
 
 #: Names that Keras registers its own classes under.
 _OWN_NAMES = (None, "Functional", "Sequential")
@@ -85,17 +87,19 @@ def read(text: Any, header: Header) -> Vetted:
         if not isinstance(config, dict) or not fits(config.get(key, ...)):
             raise DecodeError(f"{problem}, it is malformed at {key!r}; send it again")
     classes: dict[str, type] = {}
-    tensors: dict[int, bool] = {}
+    called = calls.Calls()
     asked: float = 0
     is_newer = skew.is_newer(header)
-    ending = f"; {skew.named(header)}" if is_newer else ""
+    ending = f"; {skew.named(header) if is_newer else 'send it by value'}"
     if reason := names.too_costly(config, named, (each.path for each in header.variables)):
         raise DecodeError(f"{problem}: {reason}{ending}")
-    if reason := _is_no_policy(config["policy"]) or found_by_name(config["compile"]):
+    if reason := _is_no_policy(config["policy"]) or found_by_name(
+        [config["policy"], config["compile"]]
+    ):
         raise DecodeError(f"{problem}: {reason}{ending}")
     for node in named:
         try:
-            reason = _refusal(node, tensors) or names.twice(node["config"])
+            reason = _refusal(node, called) or names.twice(node["config"])
             asked += arguments.asked(node["config"])
         except RecursionError as error:
             raise DecodeError(f"{problem}, it is malformed: {error!r}; send it again") from None
@@ -131,15 +135,17 @@ def of_keras(module: object) -> bool:
     return isinstance(module, str) and f"{module}.".startswith("keras.")
 
 
-def _refusal(node: dict[str, Any], tensors: dict[int, bool]) -> str | None:
+def _refusal(node: dict[str, Any], called: calls.Calls) -> str | None:
     """Say why what a node of a config names must not be built; of the user's, but for the class."""
     name, module, inner = node["class_name"], node.get("module"), node["config"]
     registered = node.get("registered_name")
     if not isinstance(name, str) or not isinstance(registered, str | None):
         return f"{name!r} is no name of a class"
-    if name in _DATA:
+    if reason := called.refusal(node):
+        return reason
+    if name in DATA:
         return None
-    if name in _NUMBERS:
+    if name in NUMBERS:
         dtype = inner.get("dtype") if isinstance(inner, dict) else None
         known = isinstance(dtype, str) and dtype in ITEMSIZE
         return None if known else f"it holds numbers of dtype {dtype!r}"
@@ -148,9 +154,10 @@ def _refusal(node: dict[str, Any], tensors: dict[int, bool]) -> str | None:
         return None if known else f"the function {inner!r} of {module!r} is not Keras's own"
     if name.startswith("__"):
         return f"it holds a {name.strip('_')}, which is code"
-    if not _calls_with_tensors(node, tensors):
-        return f"{name!r} is called without a tensor of the model's"
-    reason = found_by_name(inner) or arguments.costly(name, inner)
+    if node.get("compile_config"):
+        return f"{name} is compiled inside a model"
+    reason = calls.read_too_often(inner) or _registered_here(node)
+    reason = reason or arguments.costly(name, inner)
     if reason or is_listed(module):
         return reason
     cls = _symbol(module, name)
@@ -166,9 +173,24 @@ def _refusal(node: dict[str, Any], tensors: dict[int, bool]) -> str | None:
         return f"{name} holds code"
     if issubclass(cls, _RUN_FOR_SHAPES) or cls.__name__ in ABSTRACT:
         return f"{name} would be run for its shapes"
+    if reason := not_of_operations(module, name, inner):
+        return reason
     if issubclass(cls, keras.Model) and cls not in model_classes():
         return f"{name} is a subclass of Model"
     return _is_no_map(inner) if cls is keras.dtype_policies.DTypePolicyMap else None
+
+
+def not_of_operations(module: object, name: str, inner: object) -> str | None:
+    """Say why one of ``keras.ops`` is not made from such a config; its sender asks, too."""
+    cls = _symbol(module, name)
+    if not isinstance(cls, type) or issubclass(cls, keras.Layer):
+        return None
+    if cls.__name__ in RUN_THEIR_ARGUMENTS:
+        return f"{name} would be run for its shapes"
+    if cls.__name__ in UNREADABLE:
+        return f"Keras itself cannot read the config of {name}"
+    is_operation = issubclass(cls, keras.Operation)
+    return arguments.not_of_operations(name, inner) if is_operation else None
 
 
 def _is_no_policy(value: object) -> str | None:
@@ -193,6 +215,16 @@ def _is_no_map(inner: object) -> str | None:
     return next(filter(None, found), None)
 
 
+def _registered_here(node: dict[str, Any]) -> str | None:
+    """Say which string in a node of a config Keras would look up, as :func:`found_by_name`."""
+    inner = node["config"]
+    settings = inner if isinstance(inner, dict) else {}
+    names_only = {key for key in _NO_NAMES if key != "name" or isinstance(settings.get(key), str)}
+    looked_up = [value for key, value in settings.items() if key not in names_only]
+    looked_up += [node.get("inbound_nodes"), node.get("build_config")]
+    return found_by_name([*looked_up, inner if settings is not inner else None])
+
+
 def found_by_name(value: object) -> str | None:
     """Say which string in arguments Keras would look up among the classes registered here."""
     registered = keras.saving.get_custom_objects()
@@ -206,10 +238,8 @@ def found_by_name(value: object) -> str | None:
         elif isinstance(each, list):
             waiting += each
         # a node inside is looked at by itself
-        elif isinstance(each, dict) and (
-            each is value or not {"class_name", "config"} <= each.keys()
-        ):
-            waiting += [inner for key, inner in each.items() if key not in _NO_NAMES]
+        elif isinstance(each, dict) and not {"class_name", "config"} <= each.keys():
+            waiting += each.values()
     return None
 
 
@@ -220,40 +250,11 @@ def finds_function(module: object, name: object) -> bool:
     return any(known)
 
 
-def _calls_with_tensors(node: dict[str, Any], known: dict[int, bool]) -> bool:
-    """Say whether all calls of a layer are on tensors of the model, and so compute nothing yet.
-
-    As they are built, :func:`budget.counted` sees to it.
-    """
-    calls = node.get("inbound_nodes") or []
-    return isinstance(calls, list) and all(_has_tensor(call, known) for call in calls)
-
-
-def _has_tensor(value: object, known: dict[int, bool]) -> bool:
-    """Say whether a tensor is in a part of the config; ``known``, by id, of those asked before.
-
-    One that Keras makes a tensor of, and finds again in what it calls a layer with.
-    """
-    if not isinstance(value, (dict, list)):
-        return False
-    if id(value) not in known:
-        parts = value.values() if isinstance(value, dict) else value
-        match value:
-            case {"class_name": "__keras_tensor__", "config": inner}:
-                found = isinstance(inner, dict)
-            case {"class_name": str()}:  # of which Keras makes something else
-                found = False
-            case _:
-                found = any(_has_tensor(each, known) for each in parts)
-        known[id(value)] = found
-    return known[id(value)]
-
-
 def _user_class(node: dict[str, Any], classes: dict[str, type]) -> str | None:
     """Import and collect a class of a module that the user lists; say why not."""
     module, name = str(node["module"]), node["class_name"]
     registered = node.get("registered_name")
-    if name == "function" or name in _DATA | _NUMBERS:
+    if name == "function" or name in DATA | NUMBERS:
         return None
     try:
         cls: Any = importlib.import_module(module)

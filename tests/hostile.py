@@ -52,7 +52,7 @@ STRANGE: list[Any] = [
 #: What arguments that count something may be, when somebody wishes harm.
 HUGE: list[Any] = [
     10**4, 10**6, 2**31 - 1, 10**9, 2**63 - 1, [10**6, 10**6], [10**9], [1] * 300, "a" * 10_000,
-    {"a": 10**9}, 1e30,
+    {"a": 10**9}, 1e30, ["a", "b"], "ab", [10**9, "a"], [[1] * 100, [2]],
 ]  # fmt: skip
 
 _ARRAY: dict[str, Any] = {"value": [[1.0] * 8] * 8, "dtype": "float32"}
@@ -111,8 +111,8 @@ def objects() -> list[dict[str, Any]]:
 
 @functools.cache
 def layer_messages() -> list[Message]:
-    """Serialize a model of each layer that can be one's, by config."""
-    found = []
+    """Serialize a model of each layer and operation that can be one's, by config."""
+    found = operation_messages()
     for layer, on in catalogue.one_of_each("layers", catalogue.LAYERS):
         try:
             model = catalogue.around(layer, on[0])
@@ -121,6 +121,24 @@ def layer_messages() -> list[Message]:
         header, frames = serialize_keras(model)
         if header["encoding"] == "config":
             found.append((header, [bytes(frame) for frame in frames]))
+    return found
+
+
+def operation_messages() -> list[Message]:
+    """Serialize a model of each operation that takes one tensor or two, and little else."""
+    x = keras.Input((4, 4), batch_size=2)
+    arguments = ((x,), (x, x), ([x, x],), (x, 1), (x, (1, 1)), (x, (2, 16)), (x, "float16"))
+    found = []
+    for name, operation in sorted(vars(keras.ops).items()):
+        for given in arguments if callable(operation) else ():
+            try:
+                model = keras.Model(x, operation(*given), name=name)
+                header, frames = serialize_keras(model)
+            except Exception:  # whatever it says of arguments that it does not take
+                continue
+            if header["encoding"] == "config":
+                found.append((header, [bytes(frame) for frame in frames]))
+                break
     return found
 
 

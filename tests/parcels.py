@@ -87,14 +87,14 @@ def _outcome(choose: hostile.Choose) -> str:
             wire = msgpack.packb(header)
         except (ValueError, OverflowError):  # nothing that a pickle could have brought
             return "refused"
-        parcel = hostile.refused(lambda: packed.receive(wire, links, *frames))
+        parcel = hostile.refused(functools.partial(packed.receive, wire, links, *frames))
         if parcel is None:
             said = "refused"
             continue
         parcels.append(parcel)
         ask(parcel)
         key = keys(parcel)[choose(len(keys(parcel)))] if choose(2) else None
-        obj = hostile.refused(lambda: packed.take(parcel, key))
+        obj = hostile.refused(functools.partial(packed.take, parcel, key))
         if obj is None:
             said = "refused"
         elif key is None and not links:

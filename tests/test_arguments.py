@@ -60,6 +60,47 @@ def test_what_was_registered_here_is_not_asked_for_by_name(settings, by_value):
     assert RAN == []
 
 
+@pytest.mark.parametrize("name", ["registered>Registered", "registered>registered"])
+def test_nor_from_any_other_place_in_a_config(name):
+    header, frames = serialize_keras(zoo.build("sequential"))
+    RAN.clear()
+    for change in (
+        {"policy": name},
+        {"model": {"build_config": {"input_shape": name}}},
+        {"model": {"config": {"layers": [name]}}},
+        {"model": {"compile_config": {"optimizer": "sgd", "loss": name}}},
+        {"model": {"config": {"name": [name]}}},
+    ):
+        config = json.loads(header["body"]["config"])
+        merge(config, change)
+        refused(changed(header, config), frames, "not Keras's own|compiled inside a model")
+    assert RAN == []
+
+
+def merge(config, change):
+    for key, value in change.items():
+        if isinstance(value, dict) and isinstance(config.get(key), dict):
+            merge(config[key], value)
+        else:
+            config[key] = value
+
+
+@pytest.mark.parametrize("output", ["name", "layers", "vocabulary", "input_layers"])
+@pytest.mark.parametrize("place", ["loss", "metrics"])
+def test_nor_for_an_output_of_any_name(output, place):
+    inputs = keras.Input((3,))
+    source = keras.Model(inputs, {output: keras.layers.Dense(2, name=output)(inputs)})
+    source.compile("sgd", loss={output: "mse"}, metrics={output: ["mae"]})
+    header, frames = serialize_keras(source)
+    assert header["encoding"] == "config"
+    zoo.assert_same(source, deserialize_keras(header, frames))
+    config = json.loads(header["body"]["config"])
+    config["compile"][place] = {output: ["registered>Registered"]}
+    RAN.clear()
+    refused(changed(header, config), frames, "'registered>Registered'.*this process registered")
+    assert RAN == []
+
+
 @pytest.mark.parametrize("place", ["loss", "metrics", "weighted_metrics"])
 def test_nor_by_what_compiles(place):
     header, frames = serialize_keras(compiled(loss="mse", metrics=["mae"]))

@@ -56,7 +56,9 @@ def test_arguments_that_cost_a_lot():
     for header, frames in hostile.layer_messages():
         for _ in range(20):
             config = json.loads(header["body"]["config"])
-            hostile.ask_too_much(list(hostile.named(config["model"]["config"]))[-1], choose)
+            layers = config["model"]["config"]["layers"][1:]
+            named = [each for each in hostile.named(layers) if "module" in each]
+            hostile.ask_too_much(named[choose(len(named))], choose)
             body = header["body"] | {"config": json.dumps(config)}
             hostile.outcome(header | {"body": body}, frames)
 

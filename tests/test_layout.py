@@ -34,7 +34,7 @@ FLOORS = [
     {"layerwise", "mending"},
     {"shells"},
     {"binding", "environment"},
-    {"arguments", "likeness"},
+    {"arguments", "calls", "likeness"},
     {
         "private",
         "parts",
@@ -57,7 +57,7 @@ FLOORS = [
     {"devices"},
     {"backends"},
     {"verdict", "presence", "sides"},
-    {"header", "strings", "meters", "garbage", "turns"},
+    {"header", "nests", "strings", "meters", "garbage", "turns"},
     {"fingerprints", "whereabouts"},
     {"frames"},
     {"cuda"},

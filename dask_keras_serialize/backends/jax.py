@@ -26,6 +26,7 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 from dask_keras_serialize.backends import Array
 from dask_keras_serialize.backends.jax_trainer import HELD, held_value, slots_of_trainers
 from dask_keras_serialize.cuda import DeviceFrame, Loan, address_in
+from dask_keras_serialize.header import fits_in_an_array
 
 
 def view(variable: Any) -> Array | None:
@@ -234,7 +235,7 @@ def place(tensor: jax.Array, placement: list[Any]) -> jax.Array:
     Copies: one, where it is sharded.
     """
     shape, names, spec = placement
-    if not all(isinstance(n, int) and n > 0 for n in shape):
+    if not all(isinstance(n, int) and n > 0 for n in shape) or not fits_in_an_array(shape):
         raise ValueError("no mesh has such a shape")
     devices = jax.devices()[: math.prod(shape)]
     if keras.distribution.distribution() is not None or len(devices) < math.prod(shape):

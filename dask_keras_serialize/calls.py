@@ -1,0 +1,157 @@
+"""What a config calls its layers on, and how often Keras would read that.
+
+A layer is called on tensors of its model and on plain data, on nothing else: operations such as
+``keras.ops.map`` and ``switch`` run what they are called on, to know its shape
+(``keras/src/ops/core.py``). Keras makes the calls in the order of the config, and reads those that
+have to wait for another again and again (``functional_from_config`` in
+``keras/src/models/functional.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+from dask_keras_serialize import private
+
+#: What Keras finds by ``class_name`` that is no class, and builds nothing but data.
+DATA = frozenset({"__keras_tensor__", "__bytes__", "__ellipsis__", "__slice__"})
+
+#: The same, of numbers, whose dtype may ask for more memory than they have.
+NUMBERS = frozenset({"__tensor__", "__numpy__"})
+
+#: Values that Keras may read in calls that have to wait: five seconds; and those in a tensor.
+MOST_READ, OF_A_TENSOR = 3 * 10**6, 12
+
+
+class Calls:
+    """The calls in one config, whose parts are each looked at once, in whatever else they are."""
+
+    def __init__(self) -> None:
+        #: By id of a part: whether a tensor is in it, and what object that is more than data.
+        self._known: dict[int, tuple[bool, str | None]] = {}
+
+    def refusal(self, node: dict[str, Any]) -> str | None:
+        """Say why the calls of a layer are not to be made.
+
+        Parameters
+        ----------
+        node : dict
+            Of the config, which has to live as long as this.
+
+        Returns
+        -------
+        str or None
+            That one is on no tensor of the model's, and so would compute: as they are built,
+            :func:`budget.counted` sees to it. Or that one is on more than tensors and data.
+        """
+        name, calls = node["class_name"], node.get("inbound_nodes") or []
+        found = [self._look_at(each) for each in calls] if isinstance(calls, list) else []
+        if not isinstance(calls, list) or not all(has_tensor for has_tensor, _ in found):
+            return f"{name!r} is called without a tensor of the model's"
+        other = next((each for _, each in found if each), None)
+        return f"{name!r} is called on {other[:60]!r}, which it may run" if other else None
+
+    def _look_at(self, value: Any) -> tuple[bool, str | None]:
+        """Say whether Keras finds a tensor there that it made, and name what is no data."""
+        if not isinstance(value, (dict, list)):
+            return False, None
+        if id(value) not in self._known:
+            as_dict = value if isinstance(value, dict) else {}
+            name = str(as_dict.get("class_name", ""))
+            if name == "__keras_tensor__":
+                found: tuple[bool, str | None] = isinstance(as_dict.get("config"), dict), None
+            elif name in NUMBERS:
+                found = False, None
+            else:
+                parts = value.values() if isinstance(value, dict) else value
+                inside = [self._look_at(each) for each in parts if isinstance(each, (dict, list))]
+                other = next((each for _, each in inside if each), None)
+                if "class_name" in as_dict:  # of which Keras makes something else
+                    found = False, other if name in DATA else name
+                else:
+                    found = any(has_tensor for has_tensor, _ in inside), other
+            self._known[id(value)] = found
+        return self._known[id(value)]
+
+
+def read_too_often(inner: object) -> str | None:
+    """Say that a functional model's layers are called in an order that takes Keras too long.
+
+    Their calls were looked at before: no objects are in them.
+    """
+    layers = inner.get("layers") if isinstance(inner, dict) else None
+    if not isinstance(layers, list):
+        return None
+    nodes = [each for each in layers if isinstance(each, dict) and "class_name" in each]
+    place = {str(each.get("name")): i for i, each in enumerate(nodes)}
+    waiting = size = 0
+    for i, node in enumerate(nodes):
+        for call in node.get("inbound_nodes") or ():
+            size += _size(call)
+            waiting += any(place.get(name, 0) > i for name in _tensors_of(call))
+    return _too_often(waiting, size)
+
+
+def lost(layer: keras.Layer) -> str | None:
+    """Say for which call a receiver of a model's config will refuse it: its sender asks.
+
+    Parameters
+    ----------
+    layer : keras.Layer
+        Of which functional and Sequential models are looked at.
+    """
+    function = private.function_of(layer)
+    place = {id(each): i for i, each in enumerate(getattr(function, "_operations", ()))}
+    waiting = size = 0
+    for _, node in private.nodes(function):
+        for value in keras.tree.flatten((node.arguments.args, node.arguments.kwargs)):
+            if isinstance(value, keras.KerasTensor):
+                size += OF_A_TENSOR
+            elif callable(value) or hasattr(value, "get_config"):
+                return (
+                    f"{node.operation.name!r} is called on {type(value).__name__}, and may run it"
+                )
+            else:
+                size += getattr(value, "size", 1)
+        here = place[id(node.operation)]
+        sources = (each._keras_history.operation for each in node.input_tensors)
+        waiting += any(place.get(id(each), 0) > here for each in sources)
+    return _too_often(waiting, size)
+
+
+def _too_often(waiting: int, size: int) -> str | None:
+    """Refuse calls of some size together, so many of which wait for one that is listed behind.
+
+    Each pass over the config makes all calls but those, and what waits for them.
+    """
+    if waiting * size <= MOST_READ:
+        return None
+    return f"{waiting} of its calls wait for others, and Keras reads all {size} values each time"
+
+
+def _tensors_of(call: Any) -> Iterator[str]:
+    """Yield the names of the layers that made the tensors of a call."""
+    waiting = [call]
+    while waiting:
+        each = waiting.pop()
+        inner = each.get("config") if isinstance(each, dict) else None
+        history = inner.get("keras_history") if isinstance(inner, dict) else None
+        if isinstance(history, list) and history:
+            yield str(history[0])
+        parts = each.values() if isinstance(each, dict) else each
+        waiting += [part for part in parts if isinstance(part, (dict, list))]
+
+
+def _size(value: Any) -> int:
+    """Count the values in a part of a config."""
+    size, waiting = 0, [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict | list):
+            size += len(each)
+            parts = each.values() if isinstance(each, dict) else each
+            waiting += [inner for inner in parts if isinstance(inner, (dict, list))]
+    return size

@@ -1,0 +1,190 @@
+"""What a config calls its layers on: tensors and plain data, in an order that Keras can follow."""
+
+import inspect
+import json
+
+import keras
+import pytest
+
+from dask_keras_serialize import calls, layerwise, nests, vetting
+from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
+from tests import hostile, zoo
+from tests.test_vetting import at, call, kinds_of, layer, refused, tensor, with_more_layers
+
+RAN = []
+
+
+@keras.saving.register_keras_serializable(package="called")
+def registered(x):
+    RAN.append("called")
+    return x
+
+
+def operation(name, module="keras.src.ops.core", /, **config):
+    return layer(name, module, **config) | {"registered_name": name}
+
+
+RELU = {"module": "keras.activations", "class_name": "function", "config": "relu"}
+INPUT = tensor("input")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["called>registered", INPUT],
+        [{"a": "called>registered"}, INPUT],
+        [INPUT, [RELU], INPUT],
+        [{"f": {"class_name": "__slice__", "config": {"start": RELU, "stop": INPUT}}}, INPUT],
+        [INPUT, [layer("SpectralNormalization", power_iterations=9, layer=layer("Dense"))]],
+        [INPUT, layer("RandomNormal", "keras.initializers")],
+        [INPUT, {"class_name": ["x"]}],
+    ],
+    ids=lambda value: str(value)[:60],
+)
+@pytest.mark.parametrize("name", ["Map", "Switch", "Scan", "Add"])
+def test_nothing_is_called_on_what_it_may_run(name, arguments):
+    RAN.clear()
+    module = "keras.src.ops.numpy" if name == "Add" else "keras.src.ops.core"
+    node = operation(name, module, name="called")
+    refused(*with_more_layers(at(node, call(*arguments))), "which it may run|this process regist")
+    refused(*with_more_layers(at(layer("Dense", units=2, name="d"), call(*arguments))), "cannot be")
+    assert RAN == []
+
+
+@pytest.mark.parametrize("name", [*layerwise.RUN_THEIR_ARGUMENTS, "Operation"])
+def test_operations_that_run_what_they_are_given_are_not_made(name):
+    module = {"JVP": "keras.src.ops.linalg", "Operation": "keras.src.ops.operation"}.get(
+        name, "keras.src.ops.core"
+    )
+    if not any(cls.__name__ == name for cls in kinds_of(keras.Operation)):
+        pytest.skip("a newer Keras's")
+    node = at(operation(name, module, function=RELU, name="o"), call(tensor("big", shape=(1,))))
+    big = at(layer("InputLayer", batch_shape=[10**9], dtype="float32", name="big"))
+    refused(*with_more_layers(big, node), "would be run for its shapes")
+
+
+def test_which_operations_run_what_they_are_given():
+    """All others of Keras's say their shapes, and run nothing for it."""
+    found = set()
+    for cls in kinds_of(keras.Operation) - kinds_of(keras.Layer):
+        if vetting.of_keras(cls.__module__):
+            source = inspect.getsource(cls.compute_output_spec)
+            if "compute_output_spec(" in source.partition("\n")[2]:
+                found.add(cls.__name__)
+    # a graph of operations, each of which says its own
+    assert found - {"Operation", "Function"} <= set(layerwise.RUN_THEIR_ARGUMENTS)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: keras.ops.map(keras.ops.relu, x),
+        lambda x: keras.ops.vectorized_map(keras.activations.tanh, x),
+        lambda x: keras.ops.tile(x, [2, 3]),
+        lambda x: keras.ops.einsum("ij,kj->ik", x, x),
+        lambda x: keras.ops.pad(x, ((0, 0), (1, 1))),
+        lambda x: keras.ops.tensordot(x, x, axes=[[1], [1]]),
+        lambda x: keras.ops.one_hot(keras.ops.cast(x, "int32"), 3, dtype="float16"),
+        lambda x: x[:, ::2, None] + 1.5,
+    ],
+)
+def test_honest_operations_arrive(function):
+    inputs = keras.Input((2,), batch_size=3)
+    source = keras.Model(inputs, function(inputs))
+    batch = keras.ops.reshape(keras.ops.arange(6, dtype="float32"), (3, 2))
+    again = deserialize_keras(*serialize_keras(source))
+    zoo.assert_same(source, again)
+    expected, found = (keras.ops.convert_to_numpy(model(batch)) for model in (source, again))
+    assert expected.dtype == found.dtype
+    assert expected.tolist() == found.tolist()
+
+
+def test_each_operation_that_goes_by_config_arrives():
+    messages = hostile.operation_messages()
+    assert len(messages) > 150
+    for header, frames in messages:
+        assert hostile.outcome(header, frames) == "whole", header["owner"]
+
+
+@pytest.mark.parametrize("repeats", [["a", "b"], "ab", [10, "a"], [[1, 2], [3]], {"a": 1}], ids=str)
+def test_operations_multiply_numbers_alone(repeats):
+    big = at(layer("InputLayer", batch_shape=[10**9, 10**9], dtype="float32", name="big"))
+    tile = operation("Tile", "keras.src.ops.numpy", repeats=repeats, name="t")
+    more = with_more_layers(big, at(tile, call(tensor("big", shape=(1, 1)))))
+    refused(*more, "'repeats' of Tile is not made of numbers")
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="others trace it without data")
+@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell"])
+def test_what_torch_runs_for_its_shapes_is_small(name):
+    big = at(layer("InputLayer", batch_shape=[10**9], dtype="float32", name="big"))
+    state = [tensor("big", shape=(1,))] * 2
+    cell = at(layer(name, units=1, name="cell"), call(tensor("big", shape=(1,)), state))
+    refused(*with_more_layers(big, cell), "run for its shapes, on ones of .1000000000.")
+
+
+def backwards(count, *more):
+    chain = [
+        at(layer("Identity", name=f"c{i}"), call(tensor(f"c{i - 1}") if i else INPUT))
+        for i in range(count)
+    ]
+    chain.append(at(layer("Identity", name="last"), call([tensor(f"c{count - 1}"), *more])))
+    return with_more_layers(*chain[::-1])
+
+
+def test_calls_that_wait_for_others_too_often():
+    refused(*backwards(150, [0] * 200_000), "150 of its calls wait for others, and Keras reads all")
+    refused(*backwards(600), "600 of its calls wait")
+
+
+def shared(times):
+    first, second = keras.layers.Dense(3), keras.layers.Dense(3)
+    inputs = x = keras.Input((3,))
+    for _ in range(times):
+        x = second(first(x))
+    return keras.Model(inputs, x)
+
+
+def test_layers_that_are_called_in_turn(monkeypatch):
+    source = shared(20)
+    header, frames = serialize_keras(source)
+    assert header["encoding"] == "config"
+    zoo.assert_same(source, deserialize_keras(header, frames))
+    monkeypatch.setattr(calls, "MOST_READ", 1000)
+    refused(header, frames, "of its calls wait for others")
+    header, frames = serialize_keras(source)  # and whoever would be refused goes by value
+    assert header["encoding"] == "value"
+    zoo.assert_same(source, deserialize_keras(header, frames))
+
+
+def test_orders_of_calls_cost_real_models_nothing():
+    for build in (keras.applications.ResNet50, keras.applications.NASNetMobile):
+        model = build(weights=None, input_shape=(64, 64, 3) if "ResNet" in build.__name__ else None)
+        config = json.loads(json.dumps(keras.saving.serialize_keras_object(model)))["config"]
+        assert calls.read_too_often(config) is None
+
+
+def nested(depth, letters):
+    node = layer("Flatten", name="f", nonsense="x" * letters)
+    for i in range(depth):
+        node = layer("Sequential", "keras", name=f"s{i}", layers=[node])
+    return with_more_layers(at(node))
+
+
+def test_errors_of_nested_layers_are_not_worded_at_any_length():
+    refused(*nested(60, 500_000), "too much in too many layers")
+    refused(*nested(3, 500_000), "Flatten")
+
+
+def test_deep_models_go_by_value_where_a_receiver_would_refuse(monkeypatch):
+    inner = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    for _ in range(4):
+        inner = keras.Sequential([keras.Input((2,)), inner])
+    header, frames = serialize_keras(inner)
+    assert header["encoding"] == "config"
+    monkeypatch.setattr(nests, "MOST_WORDS", 1000)
+    monkeypatch.setattr(nests, "MOST_WORDS_OF_ONE", 1)
+    refused(header, frames, "too much in too many layers")
+    header, frames = serialize_keras(inner)
+    assert header["encoding"] == "value"
+    zoo.assert_same(inner, deserialize_keras(header, frames))
