@@ -16,6 +16,7 @@ import keras
 
 from dask_keras_serialize import arguments, backends, private, vetting
 from dask_keras_serialize.aside import aside
+from dask_keras_serialize.fields import MOST_DEEP
 from dask_keras_serialize.layerwise import layer_loss, model_classes, model_loss
 from dask_keras_serialize.likeness import (
     FUNCTIONS,
@@ -216,9 +217,12 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _plain(value: Any) -> bool:
+def _plain(value: Any, depth: int = 0) -> bool:
+    """Say whether JSON gives back the same, no deeper than receivers take it."""
+    if depth > MOST_DEEP:
+        return False
     if isinstance(value, dict):
-        return all(type(k) is str and _plain(v) for k, v in value.items())
+        return all(type(k) is str and _plain(v, depth + 1) for k, v in value.items())
     if type(value) is list:
-        return all(map(_plain, value))
+        return all(_plain(each, depth + 1) for each in value)
     return value is None or type(value) in (bool, int, float, str)

@@ -14,6 +14,10 @@ from typing import Any
 _FLOATX = ("bfloat16", "float16", "float32", "float64")
 
 
+#: How deep a history may be nested, which Python compares and writes down by recursion.
+MOST_DEEP = 50
+
+
 def _rows(*kinds: type | tuple[type, ...]) -> Callable[[object], bool]:
     """Return what says whether a value is a list of rows of such fields."""
     return lambda value: (
@@ -40,7 +44,19 @@ def _history(value: object) -> bool:
         isinstance(value, dict)
         and value.keys() <= kinds.keys()
         and all(isinstance(each, kinds[key]) for key, each in value.items())
+        and not _is_deeper(value, MOST_DEEP)
     )
+
+
+def _is_deeper(value: object, most: int) -> bool:
+    """Say whether lists and dicts are nested deeper than ``most``."""
+    level: list[Any] = [value]
+    depth = 0
+    while level and depth <= most:
+        parts = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [e for part in parts for e in part if isinstance(e, (dict, list))]
+        depth += 1
+    return bool(level)
 
 
 def _seeds(value: Any) -> bool:

@@ -211,3 +211,21 @@ def test_nothing_that_compiles_takes_memory_for_a_number():
     finally:
         tracemalloc.stop()
     assert seen > 100
+
+
+def test_a_history_is_as_deep_as_it_may_be_sent_on():
+    source = zoo.build("trained")
+    source.history.history["odd"] = [[1.5]]
+    header, frames = serialize_keras(source)
+    assert header["encoding"] == "config"
+    assert deserialize_keras(header, frames).history.history["odd"] == [[1.5]]
+    deep = []
+    for _ in range(100):
+        deep = [deep]
+    config = json.loads(header["body"]["config"])
+    config["history"]["history"]["odd"] = deep
+    refused(changed(header, config), frames, "malformed at 'history'")
+    source.history.history["odd"] = deep
+    header, frames = serialize_keras(source)
+    assert header["encoding"] == "value"
+    assert deserialize_keras(header, frames).history.history["odd"] == deep
