@@ -34,6 +34,9 @@ _TEXT = frozenset(
 )  # fmt: skip
 _LISTS = frozenset({"pad_width", "axes"})
 
+#: The key of a dict that stands for a tuple.
+_TUPLE = "__tuple__"
+
 
 def costly(name: str, inner: object) -> str | None:
     """Say which argument of a class asks for more than there is, and how."""
@@ -57,6 +60,47 @@ def asked(inner: object) -> float:
     return sum(each for each in given if isinstance(each, int | float) and 0 < each <= MOST_TENSORS)
 
 
+def is_operation(node: dict[str, Any]) -> bool:
+    """Say whether a config's node names one of ``keras.ops``, if Keras wrote it."""
+    return str(node.get("module")).startswith("keras.src.ops.") and isinstance(
+        node.get("config"), dict
+    )
+
+
+def mark_tuples(config: Any) -> None:
+    """Write operations' arguments in a config so that JSON does not make lists of tuples.
+
+    Keras's operations remember what they are given, and some work with tuples alone.
+    """
+    waiting = [config]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict) and is_operation(each):
+            each["config"] = {key: _marked(value) for key, value in each["config"].items()}
+        parts = each.values() if isinstance(each, dict) else each
+        waiting += [part for part in parts if isinstance(part, (dict, list, tuple))]
+
+
+def restore_tuples(node: dict[str, Any]) -> None:
+    """Undo that in an operation's node, once it was looked at."""
+    if isinstance(node["config"], dict):
+        node["config"] = {key: _restored(value) for key, value in node["config"].items()}
+
+
+def _marked(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        marked = [_marked(each) for each in value]
+        return {_TUPLE: marked} if isinstance(value, tuple) else marked
+    return value
+
+
+def _restored(value: Any) -> Any:
+    inside = _listed(value)
+    if inside is None:
+        return value
+    return list(map(_restored, inside)) if inside is value else tuple(map(_restored, inside))
+
+
 def not_of_operations(name: str, inner: Any) -> str | None:
     """Say which argument of an operation is neither a number, nor a list of such, nor its text."""
     for key, value in inner.items() if isinstance(inner, dict) else ():
@@ -65,7 +109,8 @@ def not_of_operations(name: str, inner: Any) -> str | None:
                 return reason
             continue
         fits = isinstance(value, str) and key in _TEXT
-        rows = value if isinstance(value, list | tuple) and key in _LISTS else [value]
+        inside = _listed(value)
+        rows = inside if inside is not None and key in _LISTS else [value]
         if not fits and not all(map(_are_numbers, rows)):
             return f"the argument {key!r} of {name} is not made of numbers"
     return None
@@ -73,7 +118,15 @@ def not_of_operations(name: str, inner: Any) -> str | None:
 
 def _are_numbers(value: Any) -> bool:
     """Say whether something is a number, a list of such, or an object, looked at by itself."""
-    if isinstance(value, list | tuple):
-        return all(each is None or isinstance(each, int | float) for each in value)
+    inside = _listed(value)
+    if inside is not None:
+        return all(each is None or isinstance(each, int | float) for each in inside)
     is_object = isinstance(value, dict) and "class_name" in value and "config" in value
     return value is None or isinstance(value, int | float) or is_object
+
+
+def _listed(value: Any) -> list[Any] | None:
+    """Return what is in a list, or in what stands for a tuple."""
+    if isinstance(value, dict) and value.keys() == {_TUPLE}:
+        value = value[_TUPLE]
+    return value if isinstance(value, list) else None

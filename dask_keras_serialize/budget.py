@@ -6,8 +6,9 @@ calls, one in the other, are 18 kB and 64,000 calls. Where Keras runs a layer to
 what that calls makes no symbolic tensors, and takes milliseconds. And a layer that is called on no
 tensor of the model's runs at once, on whatever a config holds, for as long as that takes.
 
-On torch Keras runs what has no shapes of its own on ones of its inputs' shapes, where it cannot run
-it without data (``compute_output_spec`` in ``keras/src/backend/torch/core.py``).
+On torch Keras runs what has no shapes of its own without data first, and where that fails on ones
+of its inputs' shapes (``compute_output_spec`` in ``keras/src/backend/torch/core.py``), which is
+refused.
 
 A Normalization that is told its mean keeps it, no variable, as wide as its inputs, which a config
 makes as wide as it likes (``keras/src/layers/preprocessing/normalization.py``).
@@ -23,6 +24,7 @@ from typing import Any
 
 import keras
 
+from dask_keras_serialize import private
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.header import MOST_AXES
 from dask_keras_serialize.hooks import in_this_thread
@@ -35,10 +37,6 @@ MOST_CALLS, MOST_CALLS_OF_ONE = 1000, 5
 
 #: Of all Normalizations together: features of their inputs.
 MOST_FEATURES = 10**7
-
-#: Bytes of the ones that Keras makes of an input on torch, if each were of eight: 89 images of 360
-#: by 360 are so many.
-MOST_ONES = 1 << 28
 
 
 def have_a_size(axes: Sequence[object]) -> bool:
@@ -102,6 +100,14 @@ def counted(objects: int, owner: str) -> Iterator[None]:
         depth += 1
         try:
             return original(operation, *arguments, **keywords)
+        except IndexError as error:
+            if depth > 1:
+                raise
+            # Keras would take it for a call that waits for another, and try again
+            raise DecodeError(
+                f"{owner}: its config calls {operation.name!r} on what it does not take: {error}; "
+                "send it again"
+            ) from error
         finally:
             depth -= 1
 
@@ -120,24 +126,22 @@ def counted(objects: int, owner: str) -> Iterator[None]:
         in_this_thread(keras.KerasTensor, "__init__", count),
         in_this_thread(keras.Operation, "__call__", call),
         in_this_thread(keras.layers.Normalization, "build", keep),
-        _few_ones(owner),
+        _without_data(owner),
     ):
         yield
 
 
-def _few_ones(owner: str) -> AbstractContextManager[None]:
-    """Have this thread make few ones on torch, if it rebuilds with that."""
+def _without_data(owner: str) -> AbstractContextManager[None]:
+    """Have this thread run nothing on torch but without data, to know its shape."""
     torch = sys.modules.get("torch") if keras.backend.backend() == "torch" else None
     if torch is None:
         return nullcontext()
 
     def ones(original: Any, *sizes: Any, **keywords: Any) -> Any:
-        shape = keywords.get("size", sizes)
-        nbytes = 8 * math.prod(shape if isinstance(shape, list | tuple) else ())
-        if nbytes > MOST_ONES and str(keywords.get("device")) != "meta":
+        if private.in_symbolic_scope() and str(keywords.get("device")) != "meta":
             raise DecodeError(
-                f"{owner}: its config has a layer run for its shapes, on ones of {list(shape)}; "
-                "send it by value"
+                f"{owner}: its config has a layer whose shape is not known without running it on "
+                f"data of {keywords.get('size', sizes)}; send it by value"
             )
         return original(*sizes, **keywords)
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import keras
 
-from dask_keras_serialize import assets, compiled, fidelity, names, private, skew
+from dask_keras_serialize import arguments, assets, compiled, fidelity, names, private, skew
 from dask_keras_serialize.backends import Array
 from dask_keras_serialize.budget import counted
 from dask_keras_serialize.defaults import floatx_in_this_thread, policy_in_this_thread
@@ -59,6 +59,9 @@ def dump(model: keras.Model) -> Description | str:
         # JSON, not msgpack: it keeps lists lists, and every load gets a copy of its
         # own, which deserialize_keras_object is free to empty
         text, no_data = json.dumps(config), ""
+        if fidelity.OPERATIONS in text:
+            arguments.mark_tuples(config)
+            text = json.dumps(config)
     except (TypeError, ValueError) as error:
         text, no_data = "", f"its config is not plain data: {error}"
     try:

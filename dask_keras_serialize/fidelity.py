@@ -51,7 +51,7 @@ def loss_by_config(
     if type(model) not in model_classes():
         return f"{type(model).__qualname__} is a subclass of Model, with Python state of its own"
     foreign = (None if _only_keras(text) else _foreign(config)) or _foreign([compile_config])
-    foreign = foreign or vetting.found_by_name(compile_config)
+    foreign = foreign or vetting.found_by_name(compile_config) or vetting.registered_in(text)
     if foreign:
         return foreign
     layers = list(private.flatten_layers(model))
@@ -97,7 +97,7 @@ def _only_keras(text: str) -> bool:
     """
     ours, own_names = (sum(1 for _ in each.finditer(text)) for each in (_OF_KERAS, _OWN_NAMES))
     named, registered = (text.count(f'"{key}": ') for key in ("class_name", "registered_name"))
-    asks_much = _NUMBERED.search(text) is not None or _OPERATIONS in text
+    asks_much = _NUMBERED.search(text) is not None or OPERATIONS in text
     return 0 < named == ours and registered == own_names and not asks_much
 
 
@@ -109,7 +109,7 @@ _NUMBERED = re.compile(
     rf'"(?:{"|".join((*arguments.COUNTS, arguments.CLASSES))})": \d{{5}}|"vocabulary": \['
 )
 #: The modules of operations, at whose arguments receivers look, too.
-_OPERATIONS = '"module": "keras.src.ops.'
+OPERATIONS = '"module": "keras.src.ops.'
 _OWN_NAMES = re.compile(r'"registered_name": (?:null|"Functional"|"Sequential")')
 
 
@@ -139,10 +139,11 @@ def _foreign(config: Any) -> str | None:
                     return f"class {name!r} is not Keras's own"
                 if much := arguments.costly(str(name), node["config"]):
                     return much
-                if unlike := vetting.not_of_operations(
-                    node.get("module"), str(name), node["config"]
-                ):
-                    return unlike
+                if arguments.is_operation(node):
+                    if unlike := vetting.not_of_operations(node["module"], name, node["config"]):
+                        return unlike
+                    if "name" not in node["config"]:
+                        return f"the name of {name} is not in its config"
             node = node.values()
         waiting += [each for each in node if isinstance(each, (dict, list, tuple))]
     return None

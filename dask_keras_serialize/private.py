@@ -83,21 +83,18 @@ SHELLS: tuple[type, ...] = (*CITIZENS, Node, Tracker, *TRACKED)
 _NOT_BY_CONFIG = "encoding by config is not chosen"
 _NOT_BY_VALUE = "encoding by value is refused"
 
+_VARIABLES = "keras/src/backend/common/variables.py"
+_OPTIMIZER = "keras/src/optimizers/base_optimizer.py"
+
 KERAS = {
     "Variable._initialize_with_initializer": (
-        "keras/src/backend/common/variables.py",
+        _VARIABLES,
         "values are assigned after the rebuild instead of given at creation (slower)",
     ),
-    "Variable._initialize": (
-        "keras/src/backend/common/variables.py",
-        "as above; decoding by value fails",
-    ),
-    "Variable._shape": ("keras/src/backend/common/variables.py", "its shape is asked (slower)"),
+    "Variable._initialize": (_VARIABLES, "as above; decoding by value fails"),
+    "Variable._shape": (_VARIABLES, "its shape is asked (slower)"),
     "Functional.get_config": ("keras/src/models/functional.py", "configs are copied (slower)"),
-    "Variable._path": (
-        "keras/src/backend/common/variables.py",
-        "replicas' variables keep the paths of the rebuild",
-    ),
+    "Variable._path": (_VARIABLES, "replicas' variables keep the paths of the rebuild"),
     "Layer._flatten_layers": ("keras/src/layers/layer.py", "layers are walked by model.layers"),
     "Layer._trainable_variables": ("keras/src/layers/layer.py", _NOT_BY_CONFIG),
     "Layer._non_trainable_variables": ("keras/src/layers/layer.py", _NOT_BY_CONFIG),
@@ -123,13 +120,10 @@ KERAS = {
     "Trainer._compile_loss": ("keras/src/trainers/trainer.py", _NOT_BY_CONFIG),
     "CompileMetrics._flat_metrics": ("keras/src/trainers/compile_utils.py", _NOT_BY_CONFIG),
     "CompileMetrics._flat_weighted_metrics": ("as _flat_metrics", _NOT_BY_CONFIG),
-    "Optimizer._trainable_variables": ("keras/src/optimizers/base_optimizer.py", _NOT_BY_CONFIG),
-    "Optimizer._learning_rate": ("keras/src/optimizers/base_optimizer.py", "it is not compared"),
-    "Optimizer._var_key": ("keras/src/optimizers/base_optimizer.py", "built ones fail by value"),
-    "Optimizer._trainable_variables_indices": (
-        "keras/src/optimizers/base_optimizer.py",
-        "nothing: it is derived",
-    ),
+    "Optimizer._trainable_variables": (_OPTIMIZER, _NOT_BY_CONFIG),
+    "Optimizer._learning_rate": (_OPTIMIZER, "it is not compared"),
+    "Optimizer._var_key": (_OPTIMIZER, "built ones fail by value"),
+    "Optimizer._trainable_variables_indices": (_OPTIMIZER, "nothing: it is derived"),
     "RandomInitializer._init_seed": (
         "keras/src/initializers/random_initializers.py",
         "replicas of unbuilt layers start from other random values",
@@ -173,6 +167,10 @@ KERAS = {
         "keras/src/callbacks/callback_list.py",
         "lists of callbacks fail by value while a model trains",
     ),
+    "in_symbolic_scope": (
+        "keras/src/backend/common/symbolic_scope.py",
+        "torch runs layers of configs on data, as large as they say, to know their shapes",
+    ),
     "ALL_OBJECTS_DICT": (
         "keras/src/activations/__init__.py",
         "functions of Keras's are known by the names it gives them in public alone",
@@ -202,6 +200,12 @@ def functions(registry: str) -> dict[str, Any]:
         for name, each in objects.items()
         if isinstance(name, str) and isinstance(each, types.FunctionType) and name not in public
     }
+
+
+def in_symbolic_scope() -> bool:
+    """Say whether Keras runs something in this thread for its shapes alone."""
+    scope = sys.modules.get("keras.src.backend.common.symbolic_scope")
+    return bool(getattr(scope, "in_symbolic_scope", lambda: False)())
 
 
 def feeds_at_creation() -> bool:

@@ -106,6 +106,8 @@ def read(text: Any, header: Header) -> Vetted:
         if reason or asked > arguments.MOST_ASKED:
             reason = reason or f"its arguments ask for more than {arguments.MOST_ASKED} together"
             raise DecodeError(f"{problem}: {reason}{ending}")
+        if _operation(node.get("module"), node["class_name"]):
+            arguments.restore_tuples(node)
         if is_newer and isinstance(node["config"], dict):
             cls = _symbol(node.get("module"), node["class_name"])
             if isinstance(cls, type):
@@ -145,6 +147,9 @@ def _refusal(node: dict[str, Any], called: calls.Calls) -> str | None:
         return reason
     if name in DATA:
         return None
+    # which Keras would take before its own
+    if reason := found_by_name([name, registered, inner if isinstance(inner, str) else None]):
+        return reason
     if name in NUMBERS:
         dtype = inner.get("dtype") if isinstance(inner, dict) else None
         known = isinstance(dtype, str) and dtype in ITEMSIZE
@@ -182,15 +187,21 @@ def _refusal(node: dict[str, Any], called: calls.Calls) -> str | None:
 
 def not_of_operations(module: object, name: str, inner: object) -> str | None:
     """Say why one of ``keras.ops`` is not made from such a config; its sender asks, too."""
-    cls = _symbol(module, name)
-    if not isinstance(cls, type) or issubclass(cls, keras.Layer):
+    cls = _operation(module, name)
+    if cls is None:
         return None
     if cls.__name__ in RUN_THEIR_ARGUMENTS:
         return f"{name} would be run for its shapes"
     if cls.__name__ in UNREADABLE:
         return f"Keras itself cannot read the config of {name}"
-    is_operation = issubclass(cls, keras.Operation)
-    return arguments.not_of_operations(name, inner) if is_operation else None
+    return arguments.not_of_operations(name, inner)
+
+
+def _operation(module: object, name: str) -> type | None:
+    """Return the class of a name if it is one of ``keras.ops``, and no layer."""
+    cls = _symbol(module, name)
+    of_kind = isinstance(cls, type) and issubclass(cls, keras.Operation)
+    return cls if of_kind and not issubclass(cls, keras.Layer) else None
 
 
 def _is_no_policy(value: object) -> str | None:
@@ -241,6 +252,12 @@ def found_by_name(value: object) -> str | None:
         elif isinstance(each, dict) and not {"class_name", "config"} <= each.keys():
             waiting += each.values()
     return None
+
+
+def registered_in(text: str) -> str | None:
+    """Say the same of a config as JSON, of whatever stands in it; none that works there matters."""
+    used = [name for name in keras.saving.get_custom_objects() if f'"{name}"' in text]
+    return found_by_name(used)
 
 
 def finds_function(module: object, name: object) -> bool:

@@ -229,3 +229,28 @@ def test_a_history_is_as_deep_as_it_may_be_sent_on():
     header, frames = serialize_keras(source)
     assert header["encoding"] == "value"
     assert deserialize_keras(header, frames).history.history["odd"] == deep
+
+
+@keras.saving.register_keras_serializable(package="registered")
+class Instead(keras.layers.Dense):
+    def __init__(self, *arguments, **settings):
+        RAN.append("made")
+        super().__init__(*arguments, **settings)
+
+
+def test_what_stands_here_for_one_of_keras_is_not_taken_for_it():
+    """Keras looks for classes and functions among those registered before its own."""
+    source = zoo.build("sequential")
+    header, frames = serialize_keras(source)
+    assert header["encoding"] == "config"
+    for name, instead in (("Dense", Instead), ("relu", registered), ("Sequential", Instead)):
+        with keras.saving.custom_object_scope({}):
+            keras.saving.get_custom_objects()[name] = instead
+            RAN.clear()
+            try:
+                refused(header, frames, f"'{name}' is what this process registered")
+                assert serialize_keras(source)[0]["encoding"] == "value"
+            finally:
+                del keras.saving.get_custom_objects()[name]
+            assert RAN == []
+    zoo.assert_same(source, deserialize_keras(header, frames))

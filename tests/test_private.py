@@ -108,6 +108,9 @@ FOUND = {
     "Function": lambda m: isinstance(zoo.functional(), private.Function) or None,
     "TrackedList": lambda m: isinstance(m.metrics_names, private.TRACKED[0]) or private.TRACKED,
     "CallbackList._executor": lambda m: (keras.callbacks.CallbackList()._executor, 1),
+    "in_symbolic_scope": lambda m: (
+        hasattr(sys.modules["keras.src.backend.common.symbolic_scope"], "in_symbolic_scope") or None
+    ),
     "ALL_OBJECTS_DICT": lambda m: sys.modules["keras.src.losses"].ALL_OBJECTS_DICT["mse"],
     "DynamicBackend": lambda m: private.DynamicBackend()._backend,
 }
