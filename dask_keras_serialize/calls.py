@@ -25,6 +25,9 @@ NUMBERS = frozenset({"__tensor__", "__numpy__"})
 #: Values that Keras may read in calls that have to wait: five seconds; and those in a tensor.
 MOST_READ, OF_A_TENSOR = 3 * 10**6, 12
 
+#: Models in a model that a sender allows for, as it looks at one after the other.
+_IN_ALL = 10
+
 
 class Calls:
     """The calls in one config, whose parts are each looked at once, in whatever else they are."""
@@ -32,6 +35,7 @@ class Calls:
     def __init__(self) -> None:
         #: By id of a part: whether a tensor is in it, and what object that is more than data.
         self._known: dict[int, tuple[bool, str | None]] = {}
+        self._read = 0
 
     def refusal(self, node: dict[str, Any]) -> str | None:
         """Say why the calls of a layer are not to be made.
@@ -54,6 +58,24 @@ class Calls:
         other = next((each for _, each in found if each), None)
         return f"{name!r} is called on {other[:60]!r}, which it may run" if other else None
 
+    def read_too_often(self, inner: object) -> str | None:
+        """Say that functional models' layers are called in an order that takes Keras too long.
+
+        Those of this one and of all before. Their calls were looked at: no objects are in them.
+        """
+        layers = inner.get("layers") if isinstance(inner, dict) else None
+        if not isinstance(layers, list):
+            return None
+        nodes = [each for each in layers if isinstance(each, dict) and "class_name" in each]
+        place = {str(each.get("name")): i for i, each in enumerate(nodes)}
+        waiting = size = 0
+        for i, node in enumerate(nodes):
+            for call in node.get("inbound_nodes") or ():
+                size += _size(call)
+                waiting += any(place.get(name, 0) > i for name in _tensors_of(call))
+        self._read += waiting * size
+        return _too_often(self._read)
+
     def _look_at(self, value: Any) -> tuple[bool, str | None]:
         """Say whether Keras finds a tensor there that it made, and name what is no data."""
         if not isinstance(value, (dict, list)):
@@ -75,24 +97,6 @@ class Calls:
                     found = any(has_tensor for has_tensor, _ in inside), other
             self._known[id(value)] = found
         return self._known[id(value)]
-
-
-def read_too_often(inner: object) -> str | None:
-    """Say that a functional model's layers are called in an order that takes Keras too long.
-
-    Their calls were looked at before: no objects are in them.
-    """
-    layers = inner.get("layers") if isinstance(inner, dict) else None
-    if not isinstance(layers, list):
-        return None
-    nodes = [each for each in layers if isinstance(each, dict) and "class_name" in each]
-    place = {str(each.get("name")): i for i, each in enumerate(nodes)}
-    waiting = size = 0
-    for i, node in enumerate(nodes):
-        for call in node.get("inbound_nodes") or ():
-            size += _size(call)
-            waiting += any(place.get(name, 0) > i for name in _tensors_of(call))
-    return _too_often(waiting, size)
 
 
 def lost(layer: keras.Layer) -> str | None:
@@ -119,17 +123,18 @@ def lost(layer: keras.Layer) -> str | None:
         here = place[id(node.operation)]
         sources = (each._keras_history.operation for each in node.input_tensors)
         waiting += any(place.get(id(each), 0) > here for each in sources)
-    return _too_often(waiting, size)
+    return _too_often(_IN_ALL * waiting * size)
 
 
-def _too_often(waiting: int, size: int) -> str | None:
-    """Refuse calls of some size together, so many of which wait for one that is listed behind.
+def _too_often(values: int) -> str | None:
+    """Refuse to have values read so often.
 
-    Each pass over the config makes all calls but those, and what waits for them.
+    Each pass over a model's config makes all calls but those that wait for one that is listed
+    behind them, and what waits for these in turn: so many passes, each over all values, at most.
     """
-    if waiting * size <= MOST_READ:
+    if values <= MOST_READ:
         return None
-    return f"{waiting} of its calls wait for others, and Keras reads all {size} values each time"
+    return f"calls in it wait for others, and Keras would read {values} values anew"
 
 
 def _tensors_of(call: Any) -> Iterator[str]:

@@ -63,15 +63,19 @@ def layer_loss(layer: keras.Layer) -> str | None:
             return f"{where} is a compiled model inside a model"
     if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
         return f"{where} is quantized or carries LoRA factors"
+    if isinstance(layer.dtype_policy, keras.dtype_policies.DTypePolicyMap) and any(
+        True for _ in private.flatten_layers(layer)
+    ):
+        # which it finds their policies in by their paths, and those are others in a rebuild
+        return f"{where} holds layers, and a map of dtype policies for them"
     if getattr(layer, "stateful", False):
         return f"{where} is stateful"
     if isinstance(layer, private.LOOKUPS):
         if layer.output_mode == "tf_idf" or isinstance(layer.input_vocabulary, str):
             return f"{where} has document frequencies, or its vocabulary in a file of this machine"
-        counted = getattr(layer, "token_counts", None)
-        pending = counted is not None and int(counted.size()) and not int(layer.lookup_table.size())
-        if pending or getattr(layer, "encoding", "utf-8") != "utf-8":
-            return f"{where} has counted tokens, or encodes them in another way than UTF-8"
+        # Keras cannot read the empty file of a table without any
+        if not int(layer.lookup_table.size()) or getattr(layer, "encoding", "utf-8") != "utf-8":
+            return f"{where} has no vocabulary yet, or encodes it in another way than UTF-8"
     lost = _value_lost(layer) or _variable_lost(layer)
     if lost:
         return f"{where} has a value of {lost!r} that its config does not hold"

@@ -254,7 +254,8 @@ def _mend_table(layer: Any, state: State) -> None:
     config = cls.get_config(layer) | {"vocabulary": None, "name": layer.name}
     twin = cls.from_config(config | ({"idf_weights": None} if weights is not None else {}))
     if "lookup_table" in native and len(vocabulary) > twin.vocabulary_size():
-        twin.set_vocabulary(vocabulary, *(() if weights is None else (weights,)))
+        # Keras fills weights up to max_tokens itself
+        twin.set_vocabulary(vocabulary, *(() if weights is None else (weights[: len(vocabulary)],)))
     for name, parts in counts.items():
         if name in vars(twin) and len(parts[0]):
             getattr(twin, name).insert(*parts)

@@ -161,7 +161,7 @@ def _refusal(node: dict[str, Any], called: calls.Calls) -> str | None:
         return f"it holds a {name.strip('_')}, which is code"
     if node.get("compile_config"):
         return f"{name} is compiled inside a model"
-    reason = calls.read_too_often(inner) or _registered_here(node)
+    reason = called.read_too_often(inner) or _registered_here(node)
     reason = reason or arguments.costly(name, inner)
     if reason or is_listed(module):
         return reason

@@ -427,3 +427,51 @@ def test_slots_are_copied():
     loss.a = 5
     for twin in (copy.copy(loss), copy.deepcopy(loss), cloudpickle.loads(cloudpickle.dumps(loss))):
         assert twin.a == 5
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16"])
+def test_layers_that_a_map_gives_policies_to(policy, send):
+    """Keras finds them by the layers' paths, and these are others in a rebuild by config."""
+    policies = keras.dtype_policies.DTypePolicyMap()
+    policies["mha/query"] = keras.DTypePolicy(policy)
+    inputs = keras.Input((6, 4))
+    source = keras.Model(
+        inputs, layers.MultiHeadAttention(2, 2, dtype=policies, name="mha")(inputs, inputs)
+    )
+    batch = np.random.default_rng(0).random((2, 6, 4), np.float32)
+    expected = keras.ops.convert_to_numpy(source(batch))
+    assert source.layers[-1].query_dense.compute_dtype == "bfloat16"
+    for again in (send(source), protocol.deserialize(*protocol.serialize(source))):
+        assert again.layers[-1].query_dense.compute_dtype == "bfloat16"
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(again(batch)), expected)
+
+
+tensorflow_only = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="a layer that Keras makes with TensorFlow alone"
+)
+
+
+@tensorflow_only
+@pytest.mark.parametrize("kind", [layers.StringLookup, layers.TextVectorization])
+def test_lookups_that_have_no_vocabulary_yet(kind):
+    source = keras.Sequential([keras.Input((1,), dtype="string"), kind()])
+    again = protocol.deserialize(*protocol.serialize(source))
+    for model in (source, again):
+        model.layers[0].adapt([["a b"], ["a c"]])
+    assert again.layers[0].get_vocabulary() == source.layers[0].get_vocabulary()
+
+
+@tensorflow_only
+@pytest.mark.parametrize("kind", [layers.StringLookup, layers.TextVectorization])
+@pytest.mark.parametrize("padded", [True, False])
+def test_document_frequencies(kind, padded):
+    lookup = kind(output_mode="tf_idf", max_tokens=20, pad_to_max_tokens=padded)
+    texts = np.array([["a b"], ["c"], ["a b"]])
+    lookup.adapt(texts)
+    source = keras.Sequential([keras.Input((1,), dtype="string"), lookup])
+    batch = keras.ops.convert_to_tensor(texts)
+    expected = keras.ops.convert_to_numpy(source(batch))
+    for _ in range(2):  # and sent on
+        source = protocol.deserialize(*protocol.serialize(source))
+        assert source.layers[0].get_vocabulary() == lookup.get_vocabulary()
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(source(batch)), expected)
