@@ -106,8 +106,6 @@ def read(text: Any, header: Header) -> Vetted:
         if reason or asked > arguments.MOST_ASKED:
             reason = reason or f"its arguments ask for more than {arguments.MOST_ASKED} together"
             raise DecodeError(f"{problem}: {reason}{ending}")
-        if _operation(node.get("module"), node["class_name"]):
-            arguments.restore_tuples(node)
         if is_newer and isinstance(node["config"], dict):
             cls = _symbol(node.get("module"), node["class_name"])
             if isinstance(cls, type):
@@ -116,6 +114,8 @@ def read(text: Any, header: Header) -> Vetted:
     for node in named:
         if is_listed(node.get("module")) and (reason := _user_class(node, classes)):
             raise DecodeError(f"{problem}: {reason}{ending}")
+        if _operation(node.get("module"), node["class_name"]):
+            arguments.restore_tuples(node)
     return Vetted(config, classes, len(named))
 
 
