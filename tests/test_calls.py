@@ -198,7 +198,9 @@ def test_deep_models_go_by_value_where_a_receiver_would_refuse(monkeypatch):
         lambda x: keras.ops.max_pool(x, (2,), strides=(1,), padding="same"),
         lambda x: keras.ops.pad(x, ((0, 0), [1, 1], (0, 0))),
         lambda x: keras.ops.transpose(x, [0, 2, 1]),
-        lambda x: keras.ops.image.extract_patches(x[..., None], (2, 2), padding="same"),
+        lambda x: keras.ops.image.extract_patches(
+            keras.ops.expand_dims(x, -1), (2, 2), padding="same"
+        ),
     ],
 )
 def test_tuples_that_operations_are_given_stay_tuples(function):
