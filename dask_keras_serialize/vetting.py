@@ -255,9 +255,13 @@ def found_by_name(value: object) -> str | None:
 
 
 def registered_in(text: str) -> str | None:
-    """Say the same of a config as JSON, of whatever stands in it; none that works there matters."""
-    used = [name for name in keras.saving.get_custom_objects() if f'"{name}"' in text]
-    return found_by_name(used)
+    """Say the same of a config as JSON, wherever in it the string stands."""
+    # most names are "package>name", of which a package may register hundreds
+    packages = ">" in text
+    registered = keras.saving.get_custom_objects()
+    return found_by_name(
+        [name for name in registered if (packages or ">" not in name) and f'"{name}"' in text]
+    )
 
 
 def finds_function(module: object, name: object) -> bool:

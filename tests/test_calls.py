@@ -21,7 +21,9 @@ def registered(x):
 
 
 def operation(name, module="keras.src.ops.core", /, **config):
-    return layer(name, module, **config) | {"registered_name": name}
+    node = layer(name, module, **config) | {"registered_name": name}
+    del node["build_config"]  # which operations have not
+    return node
 
 
 RELU = {"module": "keras.activations", "class_name": "function", "config": "relu"}
@@ -224,10 +226,8 @@ def test_what_stands_for_a_tuple_is_looked_at():
         refused(*more, "'repeats' of Tile is not made of numbers")
 
 
-@pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="it says a ValueError")
 def test_calls_that_fail_do_not_wait():
     chain = [at(layer("Identity", name=f"c{i}"), call(tensor(f"c{i + 1}"))) for i in range(30)]
     chain.append(at(layer("Identity", name="c30"), call(INPUT)))
     odd = at(operation("Squeeze", "keras.src.ops.numpy", axis=9, name="odd"), call(INPUT))
-    with_more = with_more_layers(odd, *chain)
-    refused(*with_more, "calls 'odd' on what it does not take|cannot be rebuilt")
+    refused(*with_more_layers(odd, *chain), "calls 'odd' on what it does not take")

@@ -923,11 +923,14 @@ def test_a_policy_is_a_policy(node):
     refused(*with_layer(own), "no dtype policy|no map of dtype policies")
 
 
-def test_maps_of_policies_are_looked_at_however_deep():
+@pytest.mark.parametrize(
+    ("depth", "message"), [(100, "no dtype policy"), (300, "too much in too many layers")]
+)
+def test_maps_of_policies_are_looked_at_however_deep(depth, message):
     node = layer("ReLU")
-    for _ in range(300):
+    for _ in range(depth):
         node = layer("DTypePolicyMap", "keras.dtype_policies", policy_map={"x": node})
-    refused(*in_a_policy(node), "no dtype policy|too much in too many layers")
+    refused(*in_a_policy(node), message)
 
 
 def test_policies_are_built_under_the_same_limits(monkeypatch):
