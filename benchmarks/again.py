@@ -98,7 +98,8 @@ def measure(client: Any, model: Any) -> dict[str, float]:
 
 def use_clones(wanted: bool) -> None:
     """Rebuild by config alone in this process, or as the package does."""
-    from dask_keras_serialize import by_config, protocol, templates
+    from dask_keras_serialize import protocol
+    from dask_keras_serialize.configs import by_config, templates
 
     protocol.templates = templates if wanted else by_config
 

@@ -79,8 +79,9 @@ def main() -> None:
     import keras
     import values
 
-    from dask_keras_serialize import frames, templates
+    from dask_keras_serialize.configs import templates
     from dask_keras_serialize.protocol import decode, encode
+    from dask_keras_serialize.wire import frames
 
     workload = cases.RESNET_ADAM if options.adam else cases.RESNET
     print(f"{workload} on {keras.backend.backend()}, median of {REPETITIONS}")
@@ -135,8 +136,10 @@ def main() -> None:
 def _wrap(clock: Clock) -> None:
     import keras
 
-    from dask_keras_serialize import backends, by_value, compiled, fidelity, shells
-    from dask_keras_serialize import frames as packing
+    from dask_keras_serialize import backends
+    from dask_keras_serialize.configs import compiled, fidelity
+    from dask_keras_serialize.values import by_value, shells
+    from dask_keras_serialize.wire import frames as packing
 
     backend: Any = backends.current()[1]
     functions: list[tuple[str, Any, str]] = [

@@ -28,9 +28,10 @@ import keras
 import numpy as np
 from distributed import Client, LocalCluster
 
-from dask_keras_serialize import PlaceKeras, devices, handlers, protocol
-from dask_keras_serialize.cuda import DeviceFrame
-from dask_keras_serialize.frames import allocate
+from dask_keras_serialize import PlaceKeras, devices, protocol
+from dask_keras_serialize.cluster import handlers
+from dask_keras_serialize.wire.cuda import DeviceFrame
+from dask_keras_serialize.wire.frames import allocate
 
 NAME = keras.backend.backend()
 

@@ -308,7 +308,7 @@ class OursFirst(Ours):
     only = (cases.RESNET, cases.RESNET_ADAM, cases.EFFICIENTNET, cases.LAYERS, cases.DENSE)
 
     def load(self, blob: Any, buffers: list[Any]) -> Any:
-        from dask_keras_serialize import templates
+        from dask_keras_serialize.configs import templates
 
         with templates.forgotten():
             return super().load(blob, buffers)

@@ -96,7 +96,7 @@ def _models() -> dict[str, Callable[[], keras.Model]]:
 
 
 def _measure(make: Callable[[], keras.Model]) -> dict[str, int]:
-    from dask_keras_serialize.by_config import variables_of
+    from dask_keras_serialize.configs.by_config import variables_of
 
     make()  # names, caches and whatever else stays behind
     gc.collect()

@@ -152,7 +152,8 @@ class Counted:
 
 def prepare() -> None:
     """Count from now on what this package rebuilds here, whatever way it came; remember less."""
-    from dask_keras_serialize import protocol, templates
+    from dask_keras_serialize import protocol
+    from dask_keras_serialize.configs import templates
 
     protocol._decode = Counted(protocol._decode)
     templates.REMEMBERED = REMEMBERED

@@ -15,7 +15,6 @@ from dask_keras_serialize.errors import (
     MissingPackageError,
     PlacementError,
 )
-from dask_keras_serialize.header import package_version
 from dask_keras_serialize.packed import PackedObject, Parcel
 from dask_keras_serialize.registration import (
     imported_by_dask,
@@ -23,6 +22,7 @@ from dask_keras_serialize.registration import (
     registered,
     unregister,
 )
+from dask_keras_serialize.wire.header import package_version
 
 __version__ = package_version()
 
@@ -53,9 +53,9 @@ __all__ = [
 #: Where what needs distributed or Keras is, which a plain pickle and a scheduler do not.
 _LATE = {
     "PlaceKeras": "dask_keras_serialize.placement",
-    "RegisterKeras": "dask_keras_serialize.plugin",
+    "RegisterKeras": "dask_keras_serialize.cluster.plugin",
     "Snapshot": "dask_keras_serialize.workflows.replicas",
-    "WarmKeras": "dask_keras_serialize.warmup",
+    "WarmKeras": "dask_keras_serialize.cluster.warmup",
     "adaptive_search": "dask_keras_serialize.workflows.searching",
     "fit_rounds": "dask_keras_serialize.workflows.averaging",
     "inspect": "dask_keras_serialize.inside",

@@ -82,7 +82,7 @@ def doctor(
     address = address or dask_config.get("scheduler-address", None)
     if not address:
         raise click.UsageError("which cluster? Give the ADDRESS of its scheduler.")
-    from dask_keras_serialize.doctor import examine
+    from dask_keras_serialize.cluster.doctor import examine
 
     try:
         found = examine(address, timeout=timeout)

@@ -21,12 +21,13 @@ from typing import Any
 
 import keras
 
-from dask_keras_serialize import backends, mending, private
-from dask_keras_serialize.blame import culprit, sentence
+from dask_keras_serialize import backends, private
 from dask_keras_serialize.errors import EncodeError
-from dask_keras_serialize.rebuild import rebuilding
-from dask_keras_serialize.shells import closed_file, new_shell, reduces_itself
-from dask_keras_serialize.states import (
+from dask_keras_serialize.rebuilding.rebuild import rebuilding
+from dask_keras_serialize.values import mending
+from dask_keras_serialize.values.blame import culprit, sentence
+from dask_keras_serialize.values.shells import closed_file, new_shell, reduces_itself
+from dask_keras_serialize.values.states import (
     Custom,
     attributes_of,
     complete,

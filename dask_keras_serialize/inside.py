@@ -18,11 +18,11 @@ import pickletools
 from dataclasses import dataclass
 from typing import IO, Any
 
-from dask_keras_serialize import mapped
 from dask_keras_serialize.errors import DecodeError
-from dask_keras_serialize.frames import Frame
-from dask_keras_serialize.header import FORMAT
 from dask_keras_serialize.packed import Parcel, receive
+from dask_keras_serialize.wire import mapped
+from dask_keras_serialize.wire.frames import Frame
+from dask_keras_serialize.wire.header import FORMAT
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dask_keras_serialize import views
-from dask_keras_serialize.broken import BrokenObject, broken
+from dask_keras_serialize.cluster.broken import BrokenObject, broken
+from dask_keras_serialize.cluster.whereabouts import caller
 from dask_keras_serialize.errors import DecodeError, FormatError, MissingPackageError
-from dask_keras_serialize.frames import Frame, as_frames, own_mapping
-from dask_keras_serialize.header import FORMAT, MOST_LINKS, Header, VariableEntry
-from dask_keras_serialize.sides import importing_keras
-from dask_keras_serialize.whereabouts import caller
+from dask_keras_serialize.wire.frames import Frame, as_frames, own_mapping
+from dask_keras_serialize.wire.header import FORMAT, MOST_LINKS, Header, VariableEntry
+from dask_keras_serialize.wire.sides import importing_keras
 
 if TYPE_CHECKING:
     from dask_keras_serialize.parts import Key, Rebuilt

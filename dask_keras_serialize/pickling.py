@@ -29,7 +29,7 @@ from dask_keras_serialize.copying import deep, deep_inside, shallow
 from dask_keras_serialize.errors import EncodeError, KerasSerializeError
 from dask_keras_serialize.packed import Parcel, take
 from dask_keras_serialize.parts import Key
-from dask_keras_serialize.shells import own_method
+from dask_keras_serialize.values.shells import own_method
 
 
 class _Sending:

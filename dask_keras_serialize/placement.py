@@ -20,10 +20,11 @@ from dask import config
 from distributed.diagnostics import nvml
 from distributed.diagnostics.plugin import WorkerPlugin
 
-from dask_keras_serialize import cuda, devices
+from dask_keras_serialize import devices
 from dask_keras_serialize.backends import NAMES
 from dask_keras_serialize.errors import PlacementError
-from dask_keras_serialize.header import FORMAT
+from dask_keras_serialize.wire import cuda
+from dask_keras_serialize.wire.header import FORMAT
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -191,7 +192,7 @@ class PlaceKeras(WorkerPlugin):  # type: ignore[misc]
         if shown is not None and shown > 1:  # somebody has asked the driver before us
             raise PlacementError(f"{_RESTART} (CUDA shows it {shown} GPUs, not the one)")
         if self.policy is not None:
-            from dask_keras_serialize import defaults
+            from dask_keras_serialize.configs import defaults
 
             try:
                 policy = keras.dtype_policies.get(self.policy)

@@ -14,35 +14,25 @@ from typing import Any, NamedTuple
 
 import keras
 
-from dask_keras_serialize import (
-    backends,
-    by_config,
-    by_value,
-    cuda,
-    environment,
-    fingerprints,
-    frames,
-    garbage,
-    meters,
-    names,
-    private,
-    skew,
-    states,
-    strings,
-    templates,
-)
-from dask_keras_serialize.cuda import DeviceFrame
+from dask_keras_serialize import backends, private
+from dask_keras_serialize.cluster import meters
+from dask_keras_serialize.configs import by_config, skew, templates
 from dask_keras_serialize.errors import DecodeError, EncodeError, one_line
-from dask_keras_serialize.frames import AnyFrame
-from dask_keras_serialize.header import (
+from dask_keras_serialize.limits import names
+from dask_keras_serialize.parts import Description, Key, Rebuilt
+from dask_keras_serialize.rebuilding import garbage
+from dask_keras_serialize.rebuilding.rebuild import Values
+from dask_keras_serialize.values import by_value, states
+from dask_keras_serialize.wire import cuda, environment, fingerprints, frames, strings
+from dask_keras_serialize.wire.cuda import DeviceFrame
+from dask_keras_serialize.wire.frames import AnyFrame
+from dask_keras_serialize.wire.header import (
     FORMAT,
     ITEMSIZE,
     Encoding,
     Header,
     VariableEntry,
 )
-from dask_keras_serialize.parts import Description, Key, Rebuilt
-from dask_keras_serialize.rebuild import Values
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +57,7 @@ def encode(
         the backend. Left as it is.
     for_token : bool
         Make the bytes the same in every process, at the price that nobody can decode
-        them; see :func:`dask_keras_serialize.by_value.dump`.
+        them; see :func:`dask_keras_serialize.values.by_value.dump`.
     on_device : bool
         Leave large variables that lie on a GPU there.
 

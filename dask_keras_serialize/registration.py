@@ -18,20 +18,20 @@ What is taken, and what of it is private (each has a test that fails when it mov
   them as ``__deepcopy__`` and ``__reduce__``, which is taken off.
 - ``serialize`` of ``distributed.protocol.serialize``, which takes collections apart, and
   ``_always_use_pickle_for`` of ``distributed.protocol.pickle``, see
-  :mod:`dask_keras_serialize.cluster`. Where they are not found, what items of a collection
+  :mod:`dask_keras_serialize.cluster.tasks`. Where they are not found, what items of a collection
   share is not kept, or a list is refused that Dask could send.
 - The default alignment of arrays in joblib's files (``NumpyArrayWrapper`` of
   ``joblib.numpy_pickle``, which writes it beside each array so that it may be changed):
   64 bytes, not 16, so that mapped weights are used where they lie. Else they are copied.
 - ``host_array`` of ``distributed.comm.tcp`` and ``distributed.protocol.utils``: makes
   the buffers that comms receive into. Ours are the same, but aligned, so that backends
-  use them in place (:func:`dask_keras_serialize.frames.host_array`). Where it is not
+  use them in place (:func:`dask_keras_serialize.wire.frames.host_array`). Where it is not
   found nothing is taken, and what arrives is copied once. ``read`` of ``distributed.comm.tcp.TCP``
   tells it where a message begins.
 - ``from_frames`` and ``to_frames`` of ``distributed.comm.tcp``, ``ws`` and distributed-ucxx:
   messages with Keras's objects in them are taken apart and put together on threads of their
-  own, see :mod:`dask_keras_serialize.offload`. Where they are not found, small ones hold the
-  event loop.
+  own, see :mod:`dask_keras_serialize.cluster.offload`. Where they are not found, small ones hold
+  the event loop.
 - ``Client.map``: a model among its keyword arguments becomes a task of its own, so
   that it goes to each worker once. distributed 2026.8 does that for arguments over
   100 kB, but gives the task no priority, so that the scheduler raises
@@ -41,7 +41,7 @@ What is taken, and what of it is private (each has a test that fails when it mov
   model, whether all workers, and but for the first the scheduler, have this package; and raise
   what we say of one that cannot be sent, where Dask says no more than the class of what was sent.
 - ``set_error`` of ``distributed.client.FutureState``: says why a scheduler refused a graph, see
-  :mod:`dask_keras_serialize.presence`. Where it is not found, that is the cause of the error.
+  :mod:`dask_keras_serialize.cluster.presence`. Where it is not found, it stays the error's cause.
 - ``handshake_info`` of ``distributed.comm.core.Comm``, and ``write`` of distributed-ucxx: processes
   say whether they have a GPU, and those that have none get no models in a GPU's memory. Where
   ``handshake_info`` is not found, nobody says so, and models go by the host.
@@ -53,8 +53,8 @@ What is taken, and what of it is private (each has a test that fails when it mov
   of a worker that returned a model through distributed's old handler.
 - ``Scheduler.update_graph``, ``_from_frames`` of ``distributed.comm.utils``, ``_instances`` of
   ``Worker`` and ``Scheduler``, read alone: who unpickles, where its temporary files may lie; see
-  :mod:`dask_keras_serialize.whereabouts`. Where there are none, models are opened, errors raised at
-  once, and files lie where Python puts them.
+  :mod:`dask_keras_serialize.cluster.whereabouts`. Where there are none, models are opened, errors
+  raised at once, and files lie where Python puts them.
 - ``DEFAULT_STARTUP_INFORMATION`` of ``distributed.worker``, and ``Scheduler.identity``, public:
   workers tell the scheduler, and it tells clients, that they have this package, registered or not.
 """
@@ -69,17 +69,9 @@ from typing import Any
 
 import wrapt
 
-from dask_keras_serialize import presence
-from dask_keras_serialize.broken import BrokenObject, serialize_broken
-from dask_keras_serialize.cluster import (
-    only_to_gpus,
-    or_keras,
-    saying_gpu,
-    serialize_together,
-    wrap_client,
-)
-from dask_keras_serialize.frames import ALIGNMENT, a_message, host_array
-from dask_keras_serialize.handlers import (
+from dask_keras_serialize.cluster import presence
+from dask_keras_serialize.cluster.broken import BrokenObject, serialize_broken
+from dask_keras_serialize.cluster.handlers import (
     deserialize_keras,
     loads,
     serialize_keras,
@@ -87,8 +79,16 @@ from dask_keras_serialize.handlers import (
     sizeof_keras,
     tokenize_keras,
 )
-from dask_keras_serialize.header import FORMAT
-from dask_keras_serialize.offload import reading, writing
+from dask_keras_serialize.cluster.offload import reading, writing
+from dask_keras_serialize.cluster.tasks import (
+    only_to_gpus,
+    or_keras,
+    saying_gpu,
+    serialize_together,
+    wrap_client,
+)
+from dask_keras_serialize.wire.frames import ALIGNMENT, a_message, host_array
+from dask_keras_serialize.wire.header import FORMAT
 
 #: Whether the slots are ours; None until somebody says.
 _registered: bool | None = None

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from dask_keras_serialize.header import Header
-from dask_keras_serialize.verdict import Finding, Process
+from dask_keras_serialize.cluster.verdict import Finding, Process
+from dask_keras_serialize.wire.header import Header
 
 #: Characters shown of one name, rows of the table in HTML, names of code in one line; processes
 #: named in one line, and characters of what is wrong with them.
@@ -103,7 +103,7 @@ def examination(processes: Sequence[Process], findings: Sequence[Finding]) -> st
     Parameters
     ----------
     processes : sequence of dict
-        See :mod:`dask_keras_serialize.doctor`.
+        See :mod:`dask_keras_serialize.cluster.doctor`.
     findings : sequence of Finding
 
     Returns

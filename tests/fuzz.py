@@ -21,7 +21,7 @@ CORPUS = Path(__file__).parent / "corpus"
 def run(data: bytes) -> str:
     """Run one input: its first byte chooses the target; say what became of it."""
     from dask_keras_serialize.errors import DecodeError
-    from dask_keras_serialize.header import Header
+    from dask_keras_serialize.wire.header import Header
     from tests import hostile, parcels
 
     if data[:1] < b"\x20":

@@ -15,7 +15,7 @@ import numpy as np
 from distributed import Client, LocalCluster
 
 from dask_keras_serialize import PlaceKeras, devices
-from dask_keras_serialize.by_config import variables_of
+from dask_keras_serialize.configs.by_config import variables_of
 from tests import zoo
 
 X = np.random.default_rng(0).normal(size=(64, 256)).astype("float32")

@@ -22,12 +22,12 @@ import msgpack
 import numpy as np
 import psutil
 
-from dask_keras_serialize import templates
+from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
+from dask_keras_serialize.configs import templates
 from dask_keras_serialize.errors import KerasSerializeError
-from dask_keras_serialize.fingerprints import fingerprints
-from dask_keras_serialize.frames import as_frames
-from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
 from dask_keras_serialize.protocol import REPORT
+from dask_keras_serialize.wire.fingerprints import fingerprints
+from dask_keras_serialize.wire.frames import as_frames
 from tests import catalogue, zoo
 
 #: Returns a number from 0 to below the one it is given.

@@ -22,8 +22,8 @@ import psutil
 from distributed import Client, Scheduler, Worker
 from distributed.core import Status
 
-from dask_keras_serialize import offload
-from dask_keras_serialize.turns import Turn
+from dask_keras_serialize.cluster import offload
+from dask_keras_serialize.rebuilding.turns import Turn
 
 #: How the names of threads begin of pools that a process keeps: distributed's
 #: (``distributed/utils.py``), those of event loops, joblib's (``joblib/externals/loky``).

@@ -15,7 +15,8 @@ import keras
 import msgpack
 from dask.tokenize import tokenize
 
-from dask_keras_serialize import packed, templates
+from dask_keras_serialize import packed
+from dask_keras_serialize.configs import templates
 from tests import hostile, zoo
 
 #: A message, and the places in its pickle of those that it has links to.

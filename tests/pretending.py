@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dask_keras_serialize import backends, cuda
+from dask_keras_serialize import backends
+from dask_keras_serialize.wire import cuda
 
 NAME, BACKEND = backends.current()
 ADAPTER: Any = BACKEND

@@ -10,9 +10,9 @@ import keras
 import numpy as np
 import pytest
 
-from dask_keras_serialize import assets
+from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
 from dask_keras_serialize.errors import DecodeError
-from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
+from dask_keras_serialize.rebuilding import assets
 from tests import zoo
 from tests.test_vetting import changed, layer, refused, with_layer
 

@@ -19,7 +19,7 @@ import pytest
 from distributed import Client, wait
 from keras import layers
 
-from dask_keras_serialize.by_config import variables_of
+from dask_keras_serialize.configs.by_config import variables_of
 from dask_keras_serialize.workflows import averaging, means, replicas
 from dask_keras_serialize.workflows.averaging import fit_rounds
 from dask_keras_serialize.workflows.means import mean_weights

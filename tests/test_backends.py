@@ -13,9 +13,10 @@ import pytest
 from distributed.comm import connect, listen, tcp
 from distributed.protocol import to_serialize, utils
 
-from dask_keras_serialize import backends, frames
-from dask_keras_serialize.frames import ALIGNMENT
-from dask_keras_serialize.header import ITEMSIZE
+from dask_keras_serialize import backends
+from dask_keras_serialize.wire import frames
+from dask_keras_serialize.wire.frames import ALIGNMENT
+from dask_keras_serialize.wire.header import ITEMSIZE
 from tests import zoo
 
 NAME, BACKEND = backends.current()

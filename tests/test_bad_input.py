@@ -9,9 +9,10 @@ import msgpack
 import pytest
 from distributed import protocol
 
-from dask_keras_serialize import by_value, skew
+from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
+from dask_keras_serialize.configs import skew
 from dask_keras_serialize.errors import DecodeError
-from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
+from dask_keras_serialize.values import by_value
 from tests import zoo
 
 KINDS = ["trained", "trained subclassed"]

@@ -6,8 +6,9 @@ import json
 import keras
 import pytest
 
-from dask_keras_serialize import calls, layerwise, nests, vetting
-from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
+from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
+from dask_keras_serialize.configs import layerwise
+from dask_keras_serialize.limits import calls, nests, vetting
 from tests import hostile, zoo
 from tests.test_vetting import at, call, kinds_of, layer, refused, tensor, with_more_layers
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import keras
 import pytest
 
-from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
+from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
 from tests import zoo
 from tests.catalogue import (
     APPLICATIONS,

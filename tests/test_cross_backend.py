@@ -13,10 +13,11 @@ import keras
 import pytest
 import scipy.special
 
-from dask_keras_serialize import backends, binding
+from dask_keras_serialize import backends
+from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
 from dask_keras_serialize.errors import DecodeError
-from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
-from dask_keras_serialize.translation import Translation
+from dask_keras_serialize.values import binding
+from dask_keras_serialize.values.translation import Translation
 from tests import zoo
 from tests.test_custom_code import run
 

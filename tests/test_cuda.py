@@ -19,11 +19,11 @@ from distributed.comm.core import Comm
 from distributed.diagnostics import nvml
 from distributed.protocol.serialize import families
 
-from dask_keras_serialize import cuda
-from dask_keras_serialize.cluster import only_to_gpus
-from dask_keras_serialize.cuda import DeviceFrame
+from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_on_gpu
+from dask_keras_serialize.cluster.tasks import only_to_gpus
 from dask_keras_serialize.errors import DecodeError
-from dask_keras_serialize.handlers import deserialize_keras, serialize_on_gpu
+from dask_keras_serialize.wire import cuda
+from dask_keras_serialize.wire.cuda import DeviceFrame
 from tests import pretending, zoo
 from tests.pretending import ADAPTER, NAME, Received
 from tests.test_backends import DTYPES, WRITES

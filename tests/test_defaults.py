@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import keras
 from keras.src.backend.common import global_state
 
-from dask_keras_serialize import defaults
-from dask_keras_serialize.defaults import floatx_in_this_thread, policy_in_this_thread
-from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
+from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
+from dask_keras_serialize.configs import defaults
+from dask_keras_serialize.configs.defaults import floatx_in_this_thread, policy_in_this_thread
 from tests import zoo
 
 

@@ -17,9 +17,10 @@ from distributed import Client
 from distributed.diagnostics import nvml
 from distributed.protocol import dask_serialize
 
-from dask_keras_serialize import checkup, cli, devices, doctor, views
+from dask_keras_serialize import cli, devices, views
+from dask_keras_serialize.cluster import checkup, doctor
+from dask_keras_serialize.cluster.verdict import judge
 from dask_keras_serialize.pickling import pack
-from dask_keras_serialize.verdict import judge
 from tests import zoo
 from tests.conftest import start_cluster
 from tests.test_cluster import environment_without_us, shipped

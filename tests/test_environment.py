@@ -3,10 +3,11 @@
 import keras
 import pytest
 
-from dask_keras_serialize import DecodeError, sides
-from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
-from dask_keras_serialize.header import FORMAT, Header, package_version, python_version
-from dask_keras_serialize.sides import importing_keras
+from dask_keras_serialize import DecodeError
+from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
+from dask_keras_serialize.wire import sides
+from dask_keras_serialize.wire.header import FORMAT, Header, package_version, python_version
+from dask_keras_serialize.wire.sides import importing_keras
 from tests import zoo
 
 pytestmark = pytest.mark.once

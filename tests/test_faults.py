@@ -664,7 +664,7 @@ def test_models_are_more_than_a_worker_may_have(cluster, tmp_path):
 @shipped
 def hoard(nbytes, mark):
     """Rebuild a model again and again; write down how many it is."""
-    from dask_keras_serialize import templates  # not a global: a scheduler unpickles this
+    from dask_keras_serialize.configs import templates  # not a global: a scheduler unpickles this
 
     packed = pickle.dumps(dense(nbytes), protocol=5)  # in band: each takes memory of its own
     models = []

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from dask_keras_serialize import fingerprints, frames
 from dask_keras_serialize.errors import DecodeError
-from dask_keras_serialize.frames import ALIGNMENT, LARGE, Location
+from dask_keras_serialize.wire import fingerprints, frames
+from dask_keras_serialize.wire.frames import ALIGNMENT, LARGE, Location
 
 SMALL = np.arange(5, dtype="float32")
 BIG = np.arange(LARGE, dtype="uint8")

@@ -8,8 +8,8 @@ import keras
 import numpy as np
 import pytest
 
-from dask_keras_serialize import garbage
-from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
+from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
+from dask_keras_serialize.rebuilding import garbage
 
 
 @pytest.fixture(autouse=True)

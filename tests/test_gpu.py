@@ -12,9 +12,13 @@ import pytest
 from distributed import protocol
 
 from dask_keras_serialize import devices
-from dask_keras_serialize.by_config import variables_of
-from dask_keras_serialize.cuda import DeviceFrame
-from dask_keras_serialize.handlers import deserialize_keras, serialize_keras, serialize_on_gpu
+from dask_keras_serialize.cluster.handlers import (
+    deserialize_keras,
+    serialize_keras,
+    serialize_on_gpu,
+)
+from dask_keras_serialize.configs.by_config import variables_of
+from dask_keras_serialize.wire.cuda import DeviceFrame
 from tests import gpu, zoo
 from tests.conftest import ROOT, run_module, start_cluster
 from tests.pretending import BACKEND, NAME, counting_host_bytes

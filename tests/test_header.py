@@ -2,8 +2,8 @@ import msgpack
 import pytest
 
 from dask_keras_serialize.errors import DecodeError
-from dask_keras_serialize.frames import Location
-from dask_keras_serialize.header import FORMAT_VERSION, Header, VariableEntry
+from dask_keras_serialize.wire.frames import Location
+from dask_keras_serialize.wire.header import FORMAT_VERSION, Header, VariableEntry
 
 pytestmark = pytest.mark.once
 

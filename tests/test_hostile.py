@@ -11,9 +11,9 @@ import msgpack
 import pytest
 from hypothesis import strategies as st
 
+from dask_keras_serialize.cluster.handlers import deserialize_keras
 from dask_keras_serialize.errors import DecodeError
-from dask_keras_serialize.handlers import deserialize_keras
-from dask_keras_serialize.header import Header
+from dask_keras_serialize.wire.header import Header
 from tests import fuzz, hostile, leaks
 
 #: The same inputs in every run: what is found at random is `make fuzz`'s to find.

@@ -26,10 +26,11 @@ from click.testing import CliRunner
 from dask.cli import _register_command_ep
 
 import dask_keras_serialize
-from dask_keras_serialize import cli, inside, mapped
+from dask_keras_serialize import cli, inside
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.inside import inspect
 from dask_keras_serialize.pickling import pack
+from dask_keras_serialize.wire import mapped
 from tests import zoo
 from tests.conftest import ROOT
 

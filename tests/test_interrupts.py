@@ -8,10 +8,10 @@ import time
 import keras
 import pytest
 
-from dask_keras_serialize import aside, garbage
-from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
-from dask_keras_serialize.hooks import in_this_thread
-from dask_keras_serialize.turns import Turn
+from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
+from dask_keras_serialize.rebuilding import aside, garbage
+from dask_keras_serialize.rebuilding.hooks import in_this_thread
+from dask_keras_serialize.rebuilding.turns import Turn
 from tests import leaks, zoo
 
 

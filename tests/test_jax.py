@@ -10,10 +10,10 @@ import keras
 import numpy as np
 import pytest
 
-from dask_keras_serialize import compiled
 from dask_keras_serialize.backends.jax_trainer import HELD
+from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
+from dask_keras_serialize.configs import compiled
 from dask_keras_serialize.errors import DecodeError, EncodeError
-from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
 from tests import zoo
 
 X, Y = zoo.X, zoo.LABELS

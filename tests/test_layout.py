@@ -13,38 +13,46 @@ PACKAGE = Path(__file__).parent.parent / "dask_keras_serialize"
 FLOORS = [
     {"__init__"},
     {"cli"},
-    {"doctor"},
-    {"checkup"},
-    {"plugin", "placement", "warmup"},
+    {"cluster.doctor"},
+    {"cluster.checkup"},
+    {"cluster.plugin", "placement", "cluster.warmup"},
     {"workflows.averaging", "workflows.estimators", "workflows.inference", "workflows.searching"},
     {"workflows.holding", "workflows.batches"},
     {"workflows.replicas", "workflows.means", "workflows.outputs"},
     {"workflows"},
     {"registration"},
-    {"offload"},
-    {"cluster", "handlers"},
+    {"cluster.offload"},
+    {"cluster.tasks", "cluster.handlers"},
     {"pickling", "inside"},
-    {"architecture"},
+    {"configs.architecture"},
     {"packed", "copying"},
-    {"protocol", "broken", "views", "mapped"},
-    {"templates"},
-    {"by_config", "by_value"},
-    {"fidelity", "rebuild", "translation", "compiled", "sequentials", "budget", "assets"},
-    {"states", "vetting"},
-    {"layerwise", "mending"},
-    {"shells"},
-    {"binding", "environment"},
-    {"arguments", "calls", "likeness"},
+    {"protocol", "cluster.broken", "views", "wire.mapped"},
+    {"configs.templates"},
+    {"configs.by_config", "values.by_value"},
+    {
+        "configs.fidelity",
+        "rebuilding.rebuild",
+        "values.translation",
+        "configs.compiled",
+        "configs.sequentials",
+        "limits.budget",
+        "rebuilding.assets",
+    },
+    {"values.states", "limits.vetting"},
+    {"configs.layerwise", "values.mending"},
+    {"values.shells"},
+    {"values.binding", "wire.environment"},
+    {"limits.arguments", "limits.operations", "limits.calls", "configs.likeness"},
     {
         "private",
         "parts",
-        "blame",
-        "aside",
-        "skew",
-        "hooks",
-        "defaults",
-        "names",
-        "fields",
+        "values.blame",
+        "rebuilding.aside",
+        "configs.skew",
+        "rebuilding.hooks",
+        "configs.defaults",
+        "limits.names",
+        "configs.fields",
     },
     {"backends.tensorflow", "backends.jax", "backends.torch"},
     {
@@ -56,20 +64,30 @@ FLOORS = [
     {"devices.tensorflow", "devices.jax", "devices.torch"},
     {"devices"},
     {"backends"},
-    {"verdict", "presence", "sides"},
-    {"header", "nests", "strings", "meters", "garbage", "turns"},
-    {"fingerprints", "whereabouts"},
-    {"frames"},
-    {"cuda"},
+    {"cluster.verdict", "cluster.presence", "wire.sides"},
+    {
+        "wire.header",
+        "limits.nests",
+        "wire.strings",
+        "cluster.meters",
+        "rebuilding.garbage",
+        "rebuilding.turns",
+    },
+    {"wire.fingerprints", "cluster.whereabouts"},
+    {"wire.frames"},
+    {"wire.cuda"},
     {"errors"},
+    {"cluster", "configs", "limits", "rebuilding", "values", "wire"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 
 
 #: Modules below the picklers that a scheduler, or who only looks, loads.
-WITHOUT_KERAS = {"inside", "packed", "views", "mapped", "header", "frames", "sides", "errors"}
+WITHOUT_KERAS = {"inside", "packed", "views", "errors"}
+WITHOUT_KERAS |= {"wire.mapped", "wire.header", "wire.frames", "wire.sides"}
 
-WITH_DISTRIBUTED = {"plugin", "placement", "warmup", "checkup", "doctor"}
+WITH_DISTRIBUTED = {"placement", "cluster.plugin", "cluster.warmup"}
+WITH_DISTRIBUTED |= {"cluster.checkup", "cluster.doctor"}
 WITH_DISTRIBUTED |= {"workflows.averaging", "workflows.means", "workflows.searching"}
 
 

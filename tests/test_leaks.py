@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from distributed import Client, LocalCluster
 
-from dask_keras_serialize import aside, offload, templates
+from dask_keras_serialize.cluster import offload
+from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
+from dask_keras_serialize.configs import templates
 from dask_keras_serialize.errors import DecodeError
-from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
-from dask_keras_serialize.turns import Turn
+from dask_keras_serialize.rebuilding import aside
+from dask_keras_serialize.rebuilding.turns import Turn
 from tests import hostile, leaks, zoo
 
 
@@ -31,7 +33,7 @@ def test_threads_files_and_locks_are_seen(tmp_path):
         found = leaks.left(before, seconds=0)
         assert "thread 'left behind'" in found
         assert any(str(tmp_path / "file") in each for each in found) or not leaks.open_files()
-        assert "dask_keras_serialize.aside.LOCK" in found
+        assert "dask_keras_serialize.rebuilding.aside.LOCK" in found
         del file
     end.set()
     thread.join()
@@ -108,7 +110,7 @@ def test_a_lock_that_nobody_knows_of_is_seen(monkeypatch):
     thread.start()
     got.wait()
     assert not lost.taken
-    assert leaks.locks_held() == ["dask_keras_serialize.aside.LOCK"]
+    assert leaks.locks_held() == ["dask_keras_serialize.rebuilding.aside.LOCK"]
     end.set()
     thread.join()
     assert leaks.locks_held() == []

@@ -15,8 +15,8 @@ import psutil
 import pytest
 from distributed import Client, LocalCluster, wait
 
-from dask_keras_serialize.by_config import variables_of
-from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
+from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
+from dask_keras_serialize.configs.by_config import variables_of
 from tests import zoo
 from tests.conftest import shipped, until
 from tests.test_faults import GIBIBYTE, MEBIBYTE, checksum, dense, made

@@ -12,15 +12,15 @@ import keras
 import numpy as np
 import pytest
 
-from dask_keras_serialize import aside
-from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
+from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
+from dask_keras_serialize.rebuilding import aside
 from tests import leaks, zoo
 
 FORKED = """
     import faulthandler, gc, os, random, sys, threading, time
     import keras
-    from dask_keras_serialize import aside
-    from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
+    from dask_keras_serialize.rebuilding import aside
+    from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
     from keras.src.random import seed_generator
 
     class Slow:
@@ -67,7 +67,7 @@ def test_a_process_that_is_forked_in_a_rebuild_can_rebuild():
 
 def test_a_fork_does_not_wait_for_ever(monkeypatch):
     """For a thread that holds the lock for longer than anybody's patience."""
-    from dask_keras_serialize import turns
+    from dask_keras_serialize.rebuilding import turns
 
     registered = {}
     monkeypatch.setattr(os, "register_at_fork", lambda **hooks: registered.update(hooks))
@@ -173,8 +173,8 @@ def test_ctrl_c_at_any_moment_of_rebuilds():
 INTERRUPTED = """
     import gc, os, random, signal, threading, time
     import keras
-    from dask_keras_serialize import templates
-    from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
+    from dask_keras_serialize.configs import templates
+    from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
     from tests import hostile, leaks, zoo
 
     model = zoo.build("trained")

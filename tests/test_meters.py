@@ -5,8 +5,8 @@ import pickle
 import pytest
 from distributed.metrics import context_meter
 
-from dask_keras_serialize.by_config import variables_of
-from dask_keras_serialize.meters import PACK, PLACE, REBUILD
+from dask_keras_serialize.cluster.meters import PACK, PLACE, REBUILD
+from dask_keras_serialize.configs.by_config import variables_of
 from tests import zoo
 from tests.conftest import local_client
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from distributed import Client, Worker
 
-from dask_keras_serialize import BusyError, aside, register, unregister
+from dask_keras_serialize import BusyError, register, unregister
+from dask_keras_serialize.rebuilding import aside
 from tests import zoo
 from tests.conftest import local_client
 

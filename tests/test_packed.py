@@ -12,11 +12,11 @@ from dask.sizeof import sizeof
 from distributed import protocol
 
 from dask_keras_serialize import packed, views
-from dask_keras_serialize.broken import BrokenObject
+from dask_keras_serialize.cluster.broken import BrokenObject
 from dask_keras_serialize.errors import DecodeError, FormatError, MissingPackageError
-from dask_keras_serialize.header import FORMAT, package_version
 from dask_keras_serialize.packed import PackedObject, Parcel
 from dask_keras_serialize.pickling import pack
+from dask_keras_serialize.wire.header import FORMAT, package_version
 from tests import leaks, zoo
 
 
@@ -251,7 +251,7 @@ def test_a_worker_passes_on_what_it_cannot_open(monkeypatch):
     buffers = [bytearray(frame) for frame in frames]
     layers = leaks.layers_alive()
     with monkeypatch.context() as patch:
-        patch.setattr("dask_keras_serialize.broken.read_by_worker", lambda: True)
+        patch.setattr("dask_keras_serialize.cluster.broken.read_by_worker", lambda: True)
         patch.setattr(keras.layers.Dense, "build", fails)
         held = protocol.deserialize(header, buffers)
         assert type(held) is BrokenObject

@@ -9,9 +9,9 @@ from distributed.client import FutureState
 from distributed.protocol import deserialize
 from distributed.protocol.serialize import serialization_error_loads
 
-from dask_keras_serialize import presence
+from dask_keras_serialize.cluster import presence
 from dask_keras_serialize.errors import BusyError, DecodeError, EncodeError, MissingPackageError
-from dask_keras_serialize.header import FORMAT, package_version
+from dask_keras_serialize.wire.header import FORMAT, package_version
 from tests import zoo
 
 pytestmark = pytest.mark.once

@@ -24,9 +24,12 @@ from keras.src.models import functional as functional_module
 from keras.src.models import model as model_module
 from keras.src.random import seed_generator
 
-from dask_keras_serialize import by_value, defaults, presence, private, registration, shells
+from dask_keras_serialize import private, registration
+from dask_keras_serialize.cluster import presence
+from dask_keras_serialize.configs import defaults
 from dask_keras_serialize.errors import EncodeError
 from dask_keras_serialize.protocol import encode
+from dask_keras_serialize.values import by_value, shells
 from tests import zoo
 from tests.catalogue import CITIZENS
 from tests.routes import make

@@ -17,12 +17,15 @@ import pytest
 from keras import layers
 from keras.src.random import seed_generator
 
-from dask_keras_serialize import backends, fidelity, frames, rebuild
-from dask_keras_serialize.aside import aside
-from dask_keras_serialize.by_config import variables_of
+from dask_keras_serialize import backends
+from dask_keras_serialize.configs import fidelity
+from dask_keras_serialize.configs.by_config import variables_of
 from dask_keras_serialize.errors import DecodeError, EncodeError
-from dask_keras_serialize.header import Header
 from dask_keras_serialize.protocol import GRAPH_BYTES, decode, encode, graph_nbytes, nbytes
+from dask_keras_serialize.rebuilding import rebuild
+from dask_keras_serialize.rebuilding.aside import aside
+from dask_keras_serialize.wire import frames
+from dask_keras_serialize.wire.header import Header
 from tests import zoo
 
 

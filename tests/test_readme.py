@@ -9,7 +9,7 @@ import keras
 import pytest
 
 from dask_keras_serialize import views
-from dask_keras_serialize.verdict import judge
+from dask_keras_serialize.cluster.verdict import judge
 from tests import zoo
 from tests.catalogue import CITIZENS, OF_KERAS
 from tests.conftest import ROOT
@@ -85,8 +85,11 @@ def test_every_make_target_it_names_is_there():
 
 def test_it_names_every_module():
     package = ROOT / "dask_keras_serialize"
-    for path in [*package.glob("*.py"), *package.glob("workflows/*.py")]:
-        if path.name not in ("__init__.py", "plugin.py"):
+    folders = {path.parent for path in package.rglob("*.py")} - {package}
+    for folder in folders:
+        assert f"\n{folder.name}/ " in README, folder.name
+    for path in package.rglob("*.py"):
+        if path.name != "__init__.py" and path.parent.name not in ("backends", "devices"):
             assert path.name in README, path.name
 
 

@@ -14,7 +14,8 @@ from distributed.protocol.cuda import cuda_serialize
 from distributed.protocol.serialize import dask_deserialize, dask_serialize, families
 
 import dask_keras_serialize
-from dask_keras_serialize import handlers, pickling, registration
+from dask_keras_serialize import pickling, registration
+from dask_keras_serialize.cluster import handlers
 from tests import zoo
 
 OURS = """
@@ -29,13 +30,14 @@ slots = dask_serialize, dask_deserialize, cuda_serialize, cuda_deserialize, size
 for cls in (keras.Model, keras.Sequential, Net):
     for dispatch in slots:
         handler = dispatch.dispatch(cls)
-        assert handler.__module__ == "dask_keras_serialize.handlers", (dispatch, cls, handler)
+        ours = "dask_keras_serialize.cluster.handlers"
+        assert handler.__module__ == ours, (dispatch, cls, handler)
 assert keras.Model.__reduce_ex__.__module__ == "dask_keras_serialize.pickling"
 assert Client.map.__wrapped__
 from distributed.comm import tcp
 from distributed.protocol import utils
 assert tcp.host_array is utils.host_array
-assert tcp.host_array.__module__ == "dask_keras_serialize.frames"
+assert tcp.host_array.__module__ == "dask_keras_serialize.wire.frames"
 """
 
 STALE = """
@@ -153,7 +155,7 @@ def test_a_model_through_the_family():
 WHILE_KERAS_IS_IMPORTED = """
 import threading
 from distributed import Client
-from dask_keras_serialize.cluster import holds_keras
+from dask_keras_serialize.cluster.tasks import holds_keras
 import wrapt
 
 def send(module):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dask_keras_serialize import DecodeError
-from dask_keras_serialize.by_config import variables_of
+from dask_keras_serialize.configs.by_config import variables_of
 from dask_keras_serialize.workflows import replicas
 from dask_keras_serialize.workflows.replicas import POOL, Snapshot, counts
 from tests import zoo

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from keras import layers
 
-from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
-from dask_keras_serialize.sequentials import built_once
+from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
+from dask_keras_serialize.configs.sequentials import built_once
 from tests import zoo
 
 

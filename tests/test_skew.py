@@ -9,10 +9,11 @@ import keras
 import numpy as np
 import pytest
 
-from dask_keras_serialize import backends, by_config, skew
+from dask_keras_serialize import backends
+from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
+from dask_keras_serialize.configs import by_config, skew
 from dask_keras_serialize.errors import DecodeError, KerasSerializeError
-from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
-from dask_keras_serialize.header import (
+from dask_keras_serialize.wire.header import (
     FORMAT,
     FORMAT_VERSION,
     STRING,

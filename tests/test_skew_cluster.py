@@ -17,7 +17,7 @@ import pytest
 from distributed import Client, futures_of
 
 from dask_keras_serialize import DecodeError, EncodeError, MissingPackageError
-from dask_keras_serialize.header import FORMAT, package_version
+from dask_keras_serialize.wire.header import FORMAT, package_version
 from tests import zoo
 from tests.conftest import ROOT, shipped, start_cluster, travelling_by_value
 from tests.test_cluster import environment_without_us, make_model, predict
@@ -37,7 +37,7 @@ def code_travels_by_value():
 
 @shipped
 def versions():
-    from dask_keras_serialize.header import FORMAT_VERSION, package_version
+    from dask_keras_serialize.wire.header import FORMAT_VERSION, package_version
 
     return package_version(), FORMAT_VERSION
 
@@ -47,7 +47,7 @@ def other_version(tmp_path_factory):
     """A folder for PYTHONPATH with this package as version 0.99.0, of wire format 2."""
     folder = tmp_path_factory.mktemp("other")
     shutil.copytree(ROOT / "dask_keras_serialize", folder / "dask_keras_serialize")
-    header = folder / "dask_keras_serialize" / "header.py"
+    header = folder / "dask_keras_serialize" / "wire" / "header.py"
     text = header.read_text()
     assert text.count("\nFORMAT_VERSION = 1\n") == 1
     header.write_text(text.replace("\nFORMAT_VERSION = 1\n", "\nFORMAT_VERSION = 2\n"))

@@ -12,9 +12,10 @@ import pytest
 from keras import layers
 from keras.src.backend.common import global_state
 
-from dask_keras_serialize import by_value, shells, templates
+from dask_keras_serialize.configs import templates
 from dask_keras_serialize.errors import DecodeError, EncodeError
 from dask_keras_serialize.protocol import decode, encode
+from dask_keras_serialize.values import by_value, shells
 from tests import zoo
 
 #: Their vocabularies are values that no variable holds.
@@ -228,7 +229,7 @@ def test_what_a_template_does_not_know_is_rebuilt_by_config(monkeypatch, caplog)
 
     monkeypatch.setattr(by_value, "dump", unknown)
     model = stack()
-    with caplog.at_level(logging.DEBUG, "dask_keras_serialize.templates"):
+    with caplog.at_level(logging.DEBUG, "dask_keras_serialize.configs.templates"):
         for _ in range(4):
             zoo.assert_same(model, arrive(model))
     assert caplog.text.count("is not cloned: it holds something else") == 1

@@ -19,8 +19,8 @@ from keras import layers
 from tensorflow.python.ops import gen_resource_variable_ops
 
 from dask_keras_serialize.backends import tensorflow as backend
+from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
 from dask_keras_serialize.errors import EncodeError
-from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
 from tests import zoo
 from tests.test_backends import at, over_tcp
 from tests.test_hard_objects import WAYS, X

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from dask_keras_serialize.backends import ADDED
+from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
 from dask_keras_serialize.errors import DecodeError
-from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
 from tests import zoo
 from tests.routes import ROUTES
 

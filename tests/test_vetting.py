@@ -20,9 +20,10 @@ import keras
 import numpy as np
 import pytest
 
-from dask_keras_serialize import calls, layerwise, vetting
+from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
+from dask_keras_serialize.configs import layerwise
 from dask_keras_serialize.errors import DecodeError
-from dask_keras_serialize.handlers import deserialize_keras, serialize_keras
+from dask_keras_serialize.limits import calls, vetting
 from tests import zoo
 
 
@@ -578,7 +579,9 @@ def test_no_asset_leaves_its_folder(name, tmp_path, monkeypatch):
 @pytest.mark.skipif("vocabulary" in zoo.NOT_HERE, reason="lookups are TensorFlow's")
 def test_assets_go_elsewhere_where_a_worker_s_folder_takes_none(monkeypatch):
     source = zoo.build("vocabulary")
-    monkeypatch.setattr("dask_keras_serialize.assets.temporary_folder", lambda: "/nowhere")
+    monkeypatch.setattr(
+        "dask_keras_serialize.rebuilding.assets.temporary_folder", lambda: "/nowhere"
+    )
     header, frames = serialize_keras(source)
     assert header["encoding"] == "config"
     zoo.assert_same(source, deserialize_keras(header, frames))
@@ -675,7 +678,7 @@ AUDITED = """
     import dask
     import keras
     import dask_keras_serialize.protocol  # with all that opening a model takes
-    from dask_keras_serialize.handlers import deserialize_keras
+    from dask_keras_serialize.cluster.handlers import deserialize_keras
 
     # whatever the backend, Keras imports it for layers that preprocess, where it is installed
     if find_spec("tensorflow"):

@@ -7,7 +7,8 @@ import keras
 import numpy as np
 import pytest
 
-from dask_keras_serialize import PlacementError, WarmKeras, warmup
+from dask_keras_serialize import PlacementError, WarmKeras
+from dask_keras_serialize.cluster import warmup
 from tests import zoo
 from tests.conftest import local_client, until
 

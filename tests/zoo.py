@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from dask_keras_serialize.by_config import variables_of
+from dask_keras_serialize.configs.by_config import variables_of
 
 ROWS, WIDTH = 32, 8
 RNG = np.random.default_rng(0)

@@ -49,9 +49,9 @@ from typing import Any, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from dask_keras_serialize.cuda import DeviceFrame
 from dask_keras_serialize.errors import KerasSerializeError
-from dask_keras_serialize.header import minor, numpy_dtype
+from dask_keras_serialize.wire.cuda import DeviceFrame
+from dask_keras_serialize.wire.header import minor, numpy_dtype
 
 Array = npt.NDArray[np.generic]
 

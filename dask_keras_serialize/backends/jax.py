@@ -25,8 +25,8 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from dask_keras_serialize.backends import Array
 from dask_keras_serialize.backends.jax_trainer import HELD, held_value, slots_of_trainers
-from dask_keras_serialize.cuda import DeviceFrame, Loan, address_in
-from dask_keras_serialize.header import fits_in_an_array
+from dask_keras_serialize.wire.cuda import DeviceFrame, Loan, address_in
+from dask_keras_serialize.wire.header import fits_in_an_array
 
 
 def view(variable: Any) -> Array | None:

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary, ref
 
 import keras
 
-from dask_keras_serialize.turns import Turn
+from dask_keras_serialize.rebuilding.turns import Turn
 
 logger = logging.getLogger(__name__)
 

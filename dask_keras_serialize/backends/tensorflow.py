@@ -25,8 +25,8 @@ from dask_keras_serialize.backends.tensorflow_objects import drop as drop
 from dask_keras_serialize.backends.tensorflow_objects import mend as mend
 from dask_keras_serialize.backends.tensorflow_objects import reduce as reduce
 from dask_keras_serialize.backends.tensorflow_objects import shell as shell
-from dask_keras_serialize.cuda import DeviceFrame, Loan, address_in
-from dask_keras_serialize.frames import ALIGNMENT, allocate
+from dask_keras_serialize.wire.cuda import DeviceFrame, Loan, address_in
+from dask_keras_serialize.wire.frames import ALIGNMENT, allocate
 
 #: dtypes that have no buffer, nor a bitcast to one that has.
 _NO_BUFFER = frozenset(map(tf.as_dtype, ("float8_e4m3fn", "float8_e5m2", "string")))

@@ -21,8 +21,8 @@ from tensorflow.python.eager.polymorphic_function.polymorphic_function import Fu
 from tensorflow.python.trackable.data_structures import ListWrapper, _DictWrapper
 
 from dask_keras_serialize.backends import ADDED
+from dask_keras_serialize.cluster.whereabouts import temporary_folder
 from dask_keras_serialize.errors import DecodeError, EncodeError
-from dask_keras_serialize.whereabouts import temporary_folder
 
 #: Tensors as users hold them.
 TENSORS = (tf.__internal__.EagerTensor,)

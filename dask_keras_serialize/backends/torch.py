@@ -32,7 +32,7 @@ from dask_keras_serialize.backends.torch_objects import no_config_holds as no_co
 from dask_keras_serialize.backends.torch_objects import place as place
 from dask_keras_serialize.backends.torch_objects import placement as placement
 from dask_keras_serialize.backends.torch_objects import shell as shell
-from dask_keras_serialize.cuda import DeviceFrame
+from dask_keras_serialize.wire.cuda import DeviceFrame
 
 try:
     from keras.src.backend.torch.core import get_device

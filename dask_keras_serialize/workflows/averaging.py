@@ -324,7 +324,8 @@ def _opened(train: bytes) -> Callable[[Any, Any], Any]:
 
 def _weights_of(model: keras.Model) -> Weights:
     """Return snapshots of a model's weights: no copies, where the backend can show them."""
-    from dask_keras_serialize import backends, private, states
+    from dask_keras_serialize import backends, private
+    from dask_keras_serialize.values import states
 
     return states.views(model.weights, backends.current()[1], private.describe(model))
 

@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from dask_keras_serialize.broken import BrokenObject
+from dask_keras_serialize.cluster.broken import BrokenObject
 from dask_keras_serialize.errors import one_line
 from dask_keras_serialize.packed import Parcel
 from dask_keras_serialize.workflows.outputs import (

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from scikeras.wrappers import KerasClassifier, KerasRegressor
 
-from dask_keras_serialize.cluster import holds_keras
+from dask_keras_serialize.cluster.tasks import holds_keras
 from dask_keras_serialize.workflows.holding import Held
 
 if TYPE_CHECKING:

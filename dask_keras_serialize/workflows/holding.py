@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
-from dask_keras_serialize.broken import BrokenObject
+from dask_keras_serialize.cluster.broken import BrokenObject
 from dask_keras_serialize.errors import EncodeError
 from dask_keras_serialize.workflows.replicas import POOL, Replica, Snapshot
 
@@ -81,7 +81,7 @@ class Held:
 
     def handed_out(self, *, kept: bool) -> None:
         """Note that code of the user's had the model while it ran, and whether it kept it."""
-        from dask_keras_serialize.architecture import forget_traces
+        from dask_keras_serialize.configs.architecture import forget_traces
 
         with self._lock:
             self._exposed = self._exposed or kept
@@ -175,8 +175,9 @@ def _held(snapshot: Snapshot | BrokenObject | None) -> Held | BrokenObject:
 
 def _values(model: keras.Model) -> list[bytes]:
     """Return the bytes of those variables that a prediction may change: seeds, states, counters."""
-    from dask_keras_serialize import backends, private, states
-    from dask_keras_serialize.frames import LARGE
+    from dask_keras_serialize import backends, private
+    from dask_keras_serialize.values import states
+    from dask_keras_serialize.wire.frames import LARGE
 
     stateful = any(getattr(layer, "stateful", False) for layer in private.flatten_layers(model))
     variables = [v for v in model.non_trainable_variables if stateful or states.nbytes(v) < LARGE]

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dask_keras_serialize.errors import one_line
-from dask_keras_serialize.header import numpy_dtype
+from dask_keras_serialize.wire.header import numpy_dtype
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -163,7 +163,7 @@ def given(meta: Any) -> Any:
 def _symbolic(model: Any, inputs: Any) -> Any:
     import keras
 
-    from dask_keras_serialize.aside import aside
+    from dask_keras_serialize.rebuilding.aside import aside
 
     class Prediction(keras.Operation):  # type: ignore[misc]
         """What ``predict`` does with a batch; of it Keras can say what it returns."""
@@ -297,7 +297,7 @@ def _returned(dtype: str) -> np.dtype[Any]:
 
 
 def _numpy(dtype: str) -> np.dtype[Any]:
-    from dask_keras_serialize.header import numpy_dtype
+    from dask_keras_serialize.wire.header import numpy_dtype
 
     found: np.dtype[Any] = numpy_dtype(dtype)
     return found

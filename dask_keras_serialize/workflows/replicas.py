@@ -20,14 +20,14 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, ref
 
-from dask_keras_serialize.broken import BrokenObject
+from dask_keras_serialize.cluster.broken import BrokenObject
 from dask_keras_serialize.errors import EncodeError
 from dask_keras_serialize.packed import Parcel
 
 if TYPE_CHECKING:
     import keras
 
-    from dask_keras_serialize.architecture import Architecture
+    from dask_keras_serialize.configs.architecture import Architecture
 
 #: Bytes of variables that idle replicas may hold in a process, beside the one used last.
 SPARE_BYTES = 1 << 30
@@ -68,7 +68,7 @@ class Snapshot:
         self._take(Replica(model))
 
     def _take(self, replica: Replica) -> None:
-        from dask_keras_serialize.architecture import architecture_of
+        from dask_keras_serialize.configs.architecture import architecture_of
         from dask_keras_serialize.protocol import encode_parts
 
         encoded = encode_parts(replica.model)
@@ -138,7 +138,7 @@ class Snapshot:
         -----
         Copies: one of each variable's bytes, into memory the backend owns.
         """
-        from dask_keras_serialize.architecture import architecture_of
+        from dask_keras_serialize.configs.architecture import architecture_of
 
         replica = POOL.take(self, weights, keep_metrics)
         try:
@@ -176,7 +176,7 @@ class Replica:
 
     def describe(self, architecture: Architecture | None) -> None:
         """Note the architecture that it has now."""
-        from dask_keras_serialize.architecture import forget_traces
+        from dask_keras_serialize.configs.architecture import forget_traces
 
         before, self.digest = self.digest, architecture.digest if architecture else b""
         self.digest = self._known_as.get(self.digest, self.digest)
@@ -188,7 +188,7 @@ class Replica:
     @classmethod
     def rebuilt(cls, snapshot: Snapshot) -> Replica:
         """Open a snapshot, which the replica holds then."""
-        from dask_keras_serialize.architecture import architecture_of
+        from dask_keras_serialize.configs.architecture import architecture_of
 
         replica = cls(snapshot.open())
         replica._holds = ref(snapshot)
@@ -240,9 +240,9 @@ class Replica:
 
     def fill(self, snapshot: Snapshot, weights: Sequence[Any] | None = None) -> None:
         """Assign a snapshot's values, or ``weights`` to those variables that are weights."""
-        from dask_keras_serialize.architecture import leave
+        from dask_keras_serialize.configs.architecture import leave
         from dask_keras_serialize.protocol import values_of
-        from dask_keras_serialize.rebuild import check_fits
+        from dask_keras_serialize.rebuilding.rebuild import check_fits
 
         self._holds = None
         values = values_of(snapshot.parcel.header, snapshot.parcel.frames)

@@ -28,9 +28,9 @@ import msgpack
 import numpy as np
 from distributed.protocol import deserialize, serialize
 
-from dask_keras_serialize import skew
-from dask_keras_serialize.frames import as_frames, layout
-from dask_keras_serialize.header import FORMAT, FORMAT_VERSION, Header, VariableEntry, minor
+from dask_keras_serialize.configs import skew
+from dask_keras_serialize.wire.frames import as_frames, layout
+from dask_keras_serialize.wire.header import FORMAT, FORMAT_VERSION, Header, VariableEntry, minor
 from tests import zoo
 from tests.golden import added, facts, samples, wire
 from tests.golden.facts import TOLERANCE as TOLERANCE

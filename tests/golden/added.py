@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dask_keras_serialize import by_value
-from dask_keras_serialize.states import ITEMS, Custom, attributes_of
+from dask_keras_serialize.values import by_value
+from dask_keras_serialize.values.states import ITEMS, Custom, attributes_of
 
 
 class Id(NamedTuple):

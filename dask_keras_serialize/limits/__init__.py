@@ -1,0 +1,1 @@
+"""What a config may ask for. All that is checked before Keras builds anything, and as it builds."""

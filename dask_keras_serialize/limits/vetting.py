@@ -1,0 +1,342 @@
+"""What a config may ask for: all of it is looked at before Keras builds anything.
+
+Keras builds what a config names: up to 3.8 out of any module, which it imports (CVE-2025-1550);
+later out of its own alone, with ways to call what is no layer (CVE-2025-8747, CVE-2025-9906), to
+load code (CVE-2025-49655) or to read files (CVE-2025-12058) that were closed one by one. A sender
+of this package sends by config only what is Keras's own and holds no code (``fidelity.py``), so
+whoever asks for more is not to be trusted, and gets nothing of what it asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import keras
+from dask import config as dask_config
+
+from dask_keras_serialize.configs import skew
+from dask_keras_serialize.configs.fields import FIELDS
+from dask_keras_serialize.configs.layerwise import (
+    ABSTRACT,
+    NEVER_BY_CONFIG,
+    RUN_FOR_SHAPES,
+    RUN_THEIR_ARGUMENTS,
+    UNREADABLE,
+    model_classes,
+)
+from dask_keras_serialize.configs.likeness import functions_named
+from dask_keras_serialize.errors import DecodeError
+from dask_keras_serialize.limits import arguments, calls, names, operations
+from dask_keras_serialize.limits.calls import DATA, NUMBERS
+from dask_keras_serialize.wire.header import FORMAT, ITEMSIZE, Header
+
+#: Where in arguments strings are no names of classes: Keras looks none of them up.
+_NO_NAMES = ("name", "vocabulary", "input_layers", "output_layers")
+
+#: Names that Keras registers its own classes under.
+_OWN_NAMES = (None, "Functional", "Sequential")
+
+
+class Vetted(NamedTuple):
+    """A config that may be built.
+
+    Attributes
+    ----------
+    config : dict
+        As it was sent, less what is not used and unknown here; the receiver's to change.
+    classes : dict of str to type
+        Those of the user's own modules in it, by the names Keras looks them up by.
+    nodes : int
+        How many objects it names.
+    """
+
+    config: dict[str, Any]
+    classes: dict[str, type]
+    nodes: int
+
+
+def read(text: Any, header: Header) -> Vetted:
+    """Read a config, trusting nothing.
+
+    Parameters
+    ----------
+    text : str
+        JSON, as ``by_config.dump`` wrote it.
+    header : Header
+        Of the object that it is of.
+
+    Raises
+    ------
+    DecodeError
+        If it is no config of this package, or names anything that this process would have to
+        import, call or read for it: a class or function that is not Keras's own, nor in a module
+        that the setting ``dask-keras-serialize.modules`` lists; a layer that holds code; a file.
+
+    Notes
+    -----
+    Runs nothing; imports nothing but modules that the setting lists.
+    """
+    problem = f"{header.owner}: its config cannot be rebuilt here"
+    try:
+        config, named = names.objects(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DecodeError(f"{problem}, it is malformed: {error!r}; send it again") from None
+    for key, fits in FIELDS.items():
+        if not isinstance(config, dict) or not fits(config.get(key, ...)):
+            raise DecodeError(f"{problem}, it is malformed at {key!r}; send it again")
+    classes: dict[str, type] = {}
+    called = calls.Calls()
+    asked: float = 0
+    is_newer = skew.is_newer(header)
+    ending = f"; {skew.named(header) if is_newer else 'send it by value'}"
+    if reason := names.too_costly(config, named, (each.path for each in header.variables)):
+        raise DecodeError(f"{problem}: {reason}{ending}")
+    if reason := _is_no_policy(config["policy"]) or found_by_name(
+        [config["policy"], config["compile"]]
+    ):
+        raise DecodeError(f"{problem}: {reason}{ending}")
+    for node in named:
+        try:
+            reason = _refusal(node, called) or names.twice(node["config"])
+            asked += arguments.asked(node["config"])
+        except RecursionError as error:
+            raise DecodeError(f"{problem}, it is malformed: {error!r}; send it again") from None
+        if reason or asked > arguments.MOST_ASKED:
+            reason = reason or f"its arguments ask for more than {arguments.MOST_ASKED} together"
+            raise DecodeError(f"{problem}: {reason}{ending}")
+        if is_newer and isinstance(node["config"], dict):
+            cls = _symbol(node.get("module"), node["class_name"])
+            if isinstance(cls, type):
+                skew.leave_out_unused(cls, node["config"])
+    # to look at the user's own may be to import them: when all else may be built
+    for node in named:
+        if is_listed(node.get("module")) and (reason := _user_class(node, classes)):
+            raise DecodeError(f"{problem}: {reason}{ending}")
+        if _operation(node.get("module"), node["class_name"]):
+            operations.restore_tuples(node)
+    return Vetted(config, classes, len(named))
+
+
+def modules() -> tuple[str, ...]:
+    """Return the user's own modules whose classes may travel by config."""
+    listed = dask_config.get(f"{FORMAT}.modules", ())
+    return (listed,) if isinstance(listed, str) else tuple(listed or ())
+
+
+def is_listed(module: object) -> bool:
+    """Say whether a module is one of those, or in one; no ``__main__``, which is a program."""
+    if not isinstance(module, str) or "__" in module:
+        return False
+    return any(f"{module}.".startswith(f"{m}.") for m in modules())
+
+
+def of_keras(module: object) -> bool:
+    """Say whether a module is Keras's own."""
+    return isinstance(module, str) and f"{module}.".startswith("keras.")
+
+
+def _refusal(node: dict[str, Any], called: calls.Calls) -> str | None:
+    """Say why what a node of a config names must not be built; of the user's, but for the class."""
+    name, module, inner = node["class_name"], node.get("module"), node["config"]
+    registered = node.get("registered_name")
+    if not isinstance(name, str) or not isinstance(registered, str | None):
+        return f"{name!r} is no name of a class"
+    if reason := called.refusal(node):
+        return reason
+    if name in DATA:
+        return None
+    # which Keras would take before its own
+    if reason := found_by_name([name, registered, inner if isinstance(inner, str) else None]):
+        return reason
+    if name in NUMBERS:
+        dtype = inner.get("dtype") if isinstance(inner, dict) else None
+        known = isinstance(dtype, str) and dtype in ITEMSIZE
+        return None if known else f"it holds numbers of dtype {dtype!r}"
+    if name == "function":
+        known = finds_function(module, inner)
+        return None if known else f"the function {inner!r} of {module!r} is not Keras's own"
+    if name.startswith("__"):
+        return f"it holds a {name.strip('_')}, which is code"
+    if node.get("compile_config"):
+        return f"{name} is compiled inside a model"
+    reason = called.read_too_often(inner) or _registered_here(node)
+    reason = reason or arguments.costly(name, inner)
+    if reason or is_listed(module):
+        return reason
+    cls = _symbol(module, name)
+    kinds = (*_KINDS, keras.dtype_policies.DTypePolicyMap)
+    if not isinstance(cls, type) or not issubclass(cls, kinds) or not of_keras(cls.__module__):
+        return (
+            f"{name!r} of {module!r} is not a class of Keras's own, nor of a module that the "
+            f"setting {FORMAT}.modules lists"
+        )
+    if registered not in _OWN_NAMES and registered != name:
+        return f"{name!r} is registered as {registered!r}"
+    if issubclass(cls, _HOLDING_CODE):
+        return f"{name} holds code"
+    if issubclass(cls, _RUN_FOR_SHAPES) or cls.__name__ in ABSTRACT:
+        return f"{name} would be run for its shapes"
+    if reason := not_of_operations(module, name, inner):
+        return reason
+    if issubclass(cls, keras.Model) and cls not in model_classes():
+        return f"{name} is a subclass of Model"
+    return _is_no_map(inner) if cls is keras.dtype_policies.DTypePolicyMap else None
+
+
+def not_of_operations(module: object, name: str, inner: object) -> str | None:
+    """Say why one of ``keras.ops`` is not made from such a config; its sender asks, too."""
+    cls = _operation(module, name)
+    if cls is None:
+        return None
+    if cls.__name__ in RUN_THEIR_ARGUMENTS:
+        return f"{name} would be run for its shapes"
+    if cls.__name__ in UNREADABLE:
+        return f"Keras itself cannot read the config of {name}"
+    return operations.not_of_operations(name, inner)
+
+
+def _operation(module: object, name: str) -> type | None:
+    """Return the class of a name if it is one of ``keras.ops``, and no layer."""
+    cls = _symbol(module, name)
+    of_kind = isinstance(cls, type) and issubclass(cls, keras.Operation)
+    return cls if of_kind and not issubclass(cls, keras.Layer) else None
+
+
+def _is_no_policy(value: object) -> str | None:
+    """Say what is not a dtype policy where there has to be one."""
+    if value is None or isinstance(value, str):
+        return None
+    node: dict[str, Any] = value if isinstance(value, dict) else {}
+    cls = _symbol(node.get("module"), str(node.get("class_name")))
+    is_policy = isinstance(cls, type) and issubclass(cls, keras.DTypePolicy)
+    if is_policy and isinstance(node.get("config"), dict):
+        return None
+    return f"{str(value)[:60]!r} is no dtype policy"
+
+
+def _is_no_map(inner: object) -> str | None:
+    """Say what in the config of a map is not a dtype policy; a map in it is looked at by itself."""
+    settings: dict[str, Any] = inner if isinstance(inner, dict) else {}
+    policies = settings.get("policy_map") or {}
+    if not isinstance(policies, dict):
+        return f"{str(policies)[:60]!r} is no map of dtype policies"
+    found = map(_is_no_policy, (settings.get("default_policy"), *policies.values()))
+    return next(filter(None, found), None)
+
+
+def _registered_here(node: dict[str, Any]) -> str | None:
+    """Say which string in a node of a config Keras would look up, as :func:`found_by_name`."""
+    inner = node["config"]
+    settings = inner if isinstance(inner, dict) else {}
+    names_only = {key for key in _NO_NAMES if key != "name" or isinstance(settings.get(key), str)}
+    looked_up = [value for key, value in settings.items() if key not in names_only]
+    looked_up += [node.get("inbound_nodes"), node.get("build_config")]
+    return found_by_name([*looked_up, inner if settings is not inner else None])
+
+
+def found_by_name(value: object) -> str | None:
+    """Say which string in arguments Keras would look up among the classes registered here."""
+    registered = keras.saving.get_custom_objects()
+    waiting = [value] if registered else []
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, str) and each in registered:
+            module = getattr(registered[each], "__module__", None)
+            if not of_keras(module) and not is_listed(module):
+                return f"{each!r} is what this process registered, not Keras's own"
+        elif isinstance(each, list):
+            waiting += each
+        # a node inside is looked at by itself
+        elif isinstance(each, dict) and not {"class_name", "config"} <= each.keys():
+            waiting += each.values()
+    return None
+
+
+def registered_in(text: str) -> str | None:
+    """Say the same of a config as JSON, wherever in it the string stands."""
+    # most names are "package>name", of which a package may register hundreds
+    packages = ">" in text
+    registered = keras.saving.get_custom_objects()
+    return found_by_name(
+        [name for name in registered if (packages or ">" not in name) and f'"{name}"' in text]
+    )
+
+
+def finds_function(module: object, name: object) -> bool:
+    """Say whether a config's function is an activation, loss or metric of Keras's, by its name."""
+    named = functions_named(name) if isinstance(name, str) else ()
+    known = (module == "builtins" or _symbol(module, str(name)) is each for each in named)
+    return any(known)
+
+
+def _user_class(node: dict[str, Any], classes: dict[str, type]) -> str | None:
+    """Import and collect a class of a module that the user lists; say why not."""
+    module, name = str(node["module"]), node["class_name"]
+    registered = node.get("registered_name")
+    if name == "function" or name in DATA | NUMBERS:
+        return None
+    try:
+        cls: Any = importlib.import_module(module)
+        for part in name.split("."):
+            cls = vars(cls)[part]
+            if not isinstance(cls, type):  # another module, say, which would lead out of this one
+                break
+    except (Exception, SystemExit) as error:  # a module is anybody's code
+        return f"{name!r} of {module!r} is not there: {error!r}"
+    of_kinds = isinstance(cls, type) and issubclass(cls, _KINDS)
+    if not of_kinds or not is_listed(cls.__module__):
+        return f"{name!r} of {module!r} is not a class of Keras's kinds, made there"
+    if issubclass(cls, _HOLDING_CODE):
+        return f"{name!r} holds code"
+    key = keras.saving.get_registered_name(cls)
+    if registered not in (None, name, key):
+        return f"{name!r} is registered as {registered!r}"
+    if classes.setdefault(key, cls) is not cls:
+        return f"two classes {key!r}: register them by names of their own"
+    return None
+
+
+#: What is built from configs: the bases of Keras's own, and of the user's.
+_KINDS: tuple[type, ...] = (
+    keras.Operation,
+    keras.Loss,
+    keras.Metric,
+    keras.Optimizer,
+    keras.Initializer,
+    keras.Regularizer,
+    keras.constraints.Constraint,
+    keras.DTypePolicy,
+    keras.optimizers.schedules.LearningRateSchedule,
+)
+
+
+#: Of Keras's layers, which some backends have not all.
+_HOLDING_CODE, _RUN_FOR_SHAPES = (
+    tuple(
+        getattr(where, each)
+        for where in (keras.layers, keras.utils)
+        for each in listed
+        if hasattr(where, each)
+    )
+    for listed in (NEVER_BY_CONFIG, RUN_FOR_SHAPES)
+)
+
+
+def _symbol(module: object, name: str) -> Any:
+    """Return what Keras has by a name, of what is loaded of it; None if it has no such."""
+    if not isinstance(module, str) or not of_keras(module):
+        return None
+    found: Any = sys.modules.get(module)
+    if found is None:  # the public names, such as keras.layers, may be no modules
+        found = keras
+        for part in module.split(".")[1:]:
+            found = _in_module(found, part)
+    return _in_module(found, name)
+
+
+def _in_module(module: object, name: str) -> Any:
+    """Return what a module has, itself: some of Keras's stand for others, which they import."""
+    return vars(module).get(name) if isinstance(module, ModuleType) else None

@@ -1,0 +1,1 @@
+"""Objects by value: through pickle, as the graph of all they hold."""
