@@ -144,12 +144,12 @@ def looks_up(words):
     return keras.Model(inputs, lookup(inputs))
 
 
-in_tensorflow = pytest.mark.skipif(
+tensorflow_only = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="a layer of TensorFlow's"
 )
 
 
-@in_tensorflow
+@tensorflow_only
 @pytest.mark.parametrize("words", [WORDS, ["an uncommonly long word", *WORDS[1:]]], ids=len)
 def test_honest_vocabularies_arrive(words):
     source = looks_up(words)
@@ -158,7 +158,7 @@ def test_honest_vocabularies_arrive(words):
     assert deserialize_keras(header, frames).layers[-1].get_vocabulary()[1:] == words
 
 
-@in_tensorflow
+@tensorflow_only
 def test_a_file_of_one_word_that_makes_it_large():
     text = np.frombuffer("\n".join(WORDS).encode(), np.uint8)
     with pytest.raises(DecodeError, match="one word of its vocabulary is too long"):
