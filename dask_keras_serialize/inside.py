@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from dask_keras_serialize.errors import DecodeError
-from dask_keras_serialize.packed import Parcel, receive
+from dask_keras_serialize.packed import Parcel, is_link, receive
 from dask_keras_serialize.wire import mapped
 from dask_keras_serialize.wire.frames import Frame
 from dask_keras_serialize.wire.header import FORMAT
@@ -252,8 +252,8 @@ class _Machine:
         """Do what ``packed.receive`` does, of bytes and stand-ins for arrays."""
         packed = bytes(self.bytes_of(header))
         self.spend(len(packed) + _FRAME * (len(links) + len(buffers)))
-        if not all(isinstance(link, Parcel) for link in links):
-            raise DecodeError("an object refers to what is no object of Keras's")
+        if not all(isinstance(link, Parcel) and is_link(link) for link in links):
+            raise DecodeError("an object refers to what is no object of Keras's, or too deep")
         parcel = Parcel(packed, [self.bytes_of(buffer) for buffer in buffers], links)
         sizes = tuple(frame.nbytes for frame in parcel.frames)
         if sizes != parcel.header.frame_sizes:

@@ -288,7 +288,7 @@ def receive(
         If its header cannot be read, in whatever format.
     """
     try:
-        if not isinstance(links, list | tuple) or not all(map(_is_link, links)):
+        if not isinstance(links, list | tuple) or not all(map(is_link, links)):
             raise DecodeError("malformed parcel: links are none, or too deep; send it again")
         for link in links:
             if isinstance(link, BrokenObject):
@@ -301,7 +301,8 @@ def receive(
         return broken(error)
 
 
-def _is_link(value: object) -> bool:
+def is_link(value: object) -> bool:
+    """Say whether a parcel may refer to an object, which has not too many in turn below it."""
     if isinstance(value, Parcel):
         return value.depth < MOST_LINKS
     return isinstance(value, BrokenObject)

@@ -113,6 +113,7 @@ KERAS = {
     "KerasTensor._keras_history": ("keras/src/ops/node.py", "functional models fail by value"),
     "KerasHistory": ("keras/src/ops/node.py", _NOT_BY_VALUE),
     "Function._operations": ("keras/src/ops/function.py", "functional models fail by value"),
+    "Function._run_through_graph": ("keras/src/ops/function.py", "data in calls may take long"),
     "Function._nodes": ("keras/src/ops/function.py", "functional models fail by value"),
     "Trainer._compile_config": ("keras/src/trainers/trainer.py", _NOT_BY_CONFIG),
     "Trainer._compile_metrics": ("keras/src/trainers/trainer.py", _NOT_BY_CONFIG),

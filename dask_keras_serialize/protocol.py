@@ -194,6 +194,8 @@ def decode(header: Header, buffers: Sequence[object], *, keep: bool = False) -> 
     """
     owner = header.owner
     parts: list[AnyFrame] = []
+    if not isinstance(buffers, list | tuple):
+        raise DecodeError(f"{owner}: its frames came as {type(buffers).__name__}; send it again")
     for buffer in buffers:
         if cuda.on_device(buffer):
             parts.append(cuda.received(buffer, owner, keep=keep))

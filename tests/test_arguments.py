@@ -14,7 +14,16 @@ from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_k
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.rebuilding import assets
 from tests import zoo
-from tests.test_vetting import changed, layer, refused, with_layer
+from tests.test_vetting import (
+    at,
+    call,
+    changed,
+    layer,
+    refused,
+    tensor,
+    with_layer,
+    with_more_layers,
+)
 
 RAN = []
 
@@ -254,3 +263,114 @@ def test_what_stands_here_for_one_of_keras_is_not_taken_for_it():
                 del keras.saving.get_custom_objects()[name]
             assert RAN == []
     zoo.assert_same(source, deserialize_keras(header, frames))
+
+
+def state_of(units, batch):
+    inputs = layer("InputLayer", batch_shape=[batch, 1, 1], dtype="float32", name="big")
+    rnn = layer("SimpleRNN", units=units, stateful=True, name="rnn")
+    return at(inputs), at(rnn, call(tensor("big", shape=(batch, 1, 1))))
+
+
+def test_states_as_large_as_a_batch_are_not_made():
+    refused(*with_more_layers(*state_of(1, 10**6)), "SimpleRNN has states as large as its batch")
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_an_honest_layer_with_states_goes_by_value(built):
+    source = keras.Sequential([keras.layers.GRU(3, stateful=True)])
+    if built:
+        source.build((2, 4, 3))
+        source(np.ones((2, 4, 3), np.float32))
+    header, frames = serialize_keras(source)
+    assert header["encoding"] == "value"
+    again = deserialize_keras(header, frames)
+    assert again.get_config() == source.get_config()
+    if built:
+        for mine, theirs in zip(source.layers[0].states, again.layers[0].states, strict=True):
+            np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (mine, theirs)))
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        layer("Dense", units=10**7 + 1),
+        layer("Dropout", rate=0.5, noise_shape=[None, 2**40]),
+        layer("StringLookup", vocabulary=["a"], max_tokens=10**8, pad_to_max_tokens=True),
+        layer("Identity") | {"build_config": {"input_shape": [10**9, 2]}},
+    ],
+    ids=lambda node: node["class_name"],
+)
+def test_numbers_larger_than_what_was_sent(node):
+    refused(*with_layer(node), "larger than any axis of its variables")
+
+
+def test_seeds_and_axes_that_were_sent_may_be_large():
+    inputs = keras.Input((2,))
+    x = keras.layers.Dropout(0.1, seed=2**31 - 1)(inputs)
+    x = keras.layers.Dense(2, kernel_initializer=keras.initializers.HeNormal(seed=10**9))(x)
+    source = keras.Model(inputs, keras.layers.Reshape((1, 2))(x))
+    header, frames = serialize_keras(source)
+    assert header["encoding"] == "config"
+    zoo.assert_same(source, deserialize_keras(header, frames))
+    large = keras.Sequential([keras.Input((1,)), keras.layers.Dense(10**7 + 1, dtype="float16")])
+    header, frames = serialize_keras(large)
+    assert header["encoding"] == "config"
+    assert deserialize_keras(header, frames).layers[0].units == 10**7 + 1
+
+
+@pytest.mark.parametrize("seed", [None, 10**9])
+def test_large_numbers_go_by_value(seed):
+    inputs = keras.Input((2,))
+    x = keras.layers.Dropout(0.1, seed=seed, noise_shape=(10**8, 2))(inputs)
+    header, frames = serialize_keras(keras.Model(inputs, x))
+    assert header["encoding"] == "value"
+    assert deserialize_keras(header, frames).layers[1].noise_shape[0] == 10**8
+
+
+LOPSIDED = ["x" * 20_000, *range(10_000)]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        LOPSIDED,
+        [LOPSIDED],
+        [{"class_name": "__bytes__", "config": {"value": "x" * 20_000}}, *WORDS[1:]],
+    ],
+    ids=["numbers", "nested", "bytes"],
+)
+@pytest.mark.parametrize("where", ["value", "vocabulary", "whatever"])
+def test_one_word_among_many_values(values, where):
+    constant = layer("Constant", "keras.initializers", **{where: values})
+    node = layer("Dense", units=2, bias_initializer=constant)
+    tracemalloc.start()
+    refused(*with_layer(node), f"one word in the {where} of Constant is too long")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20_000_000
+
+
+def test_vocabularies_in_files_are_split_as_keras_does():
+    text = np.frombuffer("\x0b".join(WORDS).encode(), np.uint8)
+    assert assets.is_lopsided("vocabulary.txt", text)
+    assert not assets.is_lopsided("vocabulary.txt", text[20_000:])
+
+
+@pytest.mark.parametrize("name", ["Orthogonal", "Identity", "GlorotUniform", "STFT"])
+def test_variables_without_elements_are_not_initialized(name):
+    """LAPACK ends a process for it, on TensorFlow."""
+    initializer = layer(name, "keras.initializers")
+    empty = at(layer("InputLayer", batch_shape=[None, 0], dtype="float32", name="empty"))
+    node = layer("Dense", units=9_999_999, use_bias=False, kernel_initializer=initializer, name="d")
+    refused(
+        *with_more_layers(empty, at(node, call(tensor("empty", shape=(None, 0))))), "rebuil|larger"
+    )
+    node["config"]["units"] = 5
+    refused(*with_more_layers(empty, at(node, call(tensor("empty", shape=(None, 0))))), "rebuil")
+
+
+def test_variables_without_elements_arrive():
+    source = keras.Sequential([keras.Input((0,)), keras.layers.Dense(3)])
+    again = deserialize_keras(*serialize_keras(source))
+    zoo.assert_same(source, again)
+    assert again.layers[0].kernel.shape == (0, 3)

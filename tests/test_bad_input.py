@@ -6,13 +6,18 @@ from typing import ClassVar
 
 import keras
 import msgpack
+import numpy as np
 import pytest
 from distributed import protocol
 
 from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
 from dask_keras_serialize.configs import skew
 from dask_keras_serialize.errors import DecodeError
+from dask_keras_serialize.rebuilding.rebuild import check_range
 from dask_keras_serialize.values import by_value
+from dask_keras_serialize.wire import frames as packing
+from dask_keras_serialize.wire.fingerprints import fingerprints
+from dask_keras_serialize.wire.header import Header
 from tests import zoo
 
 KINDS = ["trained", "trained subclassed"]
@@ -151,7 +156,7 @@ def test_a_config_that_lies(old, new):
 def test_a_config_cannot_ask_for_memory_that_was_not_sent(monkeypatch):
     model = keras.Sequential([keras.Input((200,)), keras.layers.Dense(200)])
     header, frames = serialize_keras(model)
-    config = header["body"]["config"].replace('"units": 200', '"units": 50000000')
+    config = header["body"]["config"].replace('"units": 200', '"units": 5000000')
     asked = []
     monkeypatch.setattr(
         keras.initializers.GlorotUniform, "__call__", lambda *a, **k: asked.append(a)
@@ -206,3 +211,38 @@ def test_another_family_hands_the_error_on():
     header, frames = protocol.serialize(zoo.build("sequential"))
     with pytest.raises(DecodeError):
         protocol.deserialize(header, frames[:-1])
+
+
+@pytest.mark.parametrize("frames", [None, 5, "ab", {}])
+def test_frames_that_are_no_list(good, frames):
+    with pytest.raises(DecodeError, match="its frames came as"):
+        deserialize_keras(good[0], frames)
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "float64", "int64", "bool", "float16"])
+def test_another_backend_is_no_reason_for_another_dtype(dtype):
+    """Nothing of a value would be lost but unseen."""
+    layer = keras.layers.Dense(2, use_bias=False, dtype=dtype if dtype == "float16" else None)
+    built = keras.Sequential([keras.Input((2,)), layer])
+    header, _ = serialize_keras(built)
+    arrays = [np.ones((2, 2), dtype if dtype != "float16" else "float32")]
+    (location,), packed = packing.pack(arrays)
+    entry = header["variables"][0]
+    marks, whole = fingerprints(packed)
+    header |= {
+        "variables": [[*entry[:2], str(arrays[0].dtype), entry[3], *location]],
+        "frame-sizes": [frame.nbytes for frame in packed],
+        "fingerprints": marks,
+        "whole": whole,
+        "backend": "jax" if keras.backend.backend() != "jax" else "torch",
+    }
+    refused(header, packed, f"was sent as .*{arrays[0].dtype} but is rebuilt here as")
+
+
+def test_numbers_that_another_backend_has_not():
+    """Each has its own dtype for counts."""
+    variable = keras.Variable(np.zeros(2, "int32"), dtype="int32", trainable=False)
+    header = Header.from_wire(serialize_keras(zoo.build("trained"))[0])
+    check_range(variable, np.array([0, 2**31 - 1]), header)
+    with pytest.raises(DecodeError, match="with numbers that int32 has not"):
+        check_range(variable, np.array([0, 2**31]), header)

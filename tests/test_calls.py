@@ -8,7 +8,7 @@ import pytest
 
 from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
 from dask_keras_serialize.configs import layerwise
-from dask_keras_serialize.limits import calls, nests, vetting
+from dask_keras_serialize.limits import budget, calls, nests, vetting
 from tests import hostile, zoo
 from tests.test_vetting import at, call, kinds_of, layer, refused, tensor, with_more_layers
 
@@ -120,10 +120,10 @@ def test_operations_multiply_numbers_alone(repeats):
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="others trace it without data")
 @pytest.mark.parametrize("name", ["LSTMCell", "GRUCell"])
 def test_torch_runs_nothing_on_data_for_its_shapes(name):
-    big = at(layer("InputLayer", batch_shape=[10**9], dtype="float32", name="big"))
+    big = at(layer("InputLayer", batch_shape=[10**7], dtype="float32", name="big"))
     state = [tensor("big", shape=(1,))] * 2
     cell = at(layer(name, units=1, name="cell"), call(tensor("big", shape=(1,)), state))
-    refused(*with_more_layers(big, cell), "not known without running it on data of .1000000000.")
+    refused(*with_more_layers(big, cell), "not known without running it on data of .10000000.")
 
 
 def backwards(count, *more):
@@ -225,6 +225,66 @@ def test_what_stands_for_a_tuple_is_looked_at():
         tile = operation("Tile", "keras.src.ops.numpy", repeats=value, name="t")
         more = with_more_layers(at(tile, call(INPUT)))
         refused(*more, "'repeats' of Tile is not made of numbers")
+
+
+def in_a_model(node, count, more=lambda source: call(source)):
+    """Call a layer so often in a model that is called so often, on other batches."""
+    name = node["config"]["name"]
+    tensors = [tensor("x"), *(tensor(name, i) for i in range(count))]
+    x = layer("InputLayer", batch_shape=[None, 2], dtype="float32", name="x")
+    inner = layer("Functional", "keras.src.models.functional", name="inner")
+    inner["config"] |= {
+        "layers": [at(x), at(node, *map(more, tensors[:-1]))],
+        "input_layers": [["x", 0, 0]],
+        "output_layers": [[name, count - 1, 0]],
+    }
+    big = at(layer("InputLayer", batch_shape=[3, 2], dtype="float32", name="big"))
+    tensors = [tensor("big", shape=(3, 2)), *(tensor("inner", i, (3, 2)) for i in range(count))]
+    return with_more_layers(big, at(inner, *map(call, tensors[:-1])))
+
+
+def test_data_in_calls_is_not_read_at_any_length():
+    mask = [True] * 12_000
+    more = in_a_model(layer("Softmax", name="s"), 30, lambda source: call(source, mask=mask))
+    refused(*more, "has Keras read more than .* arguments of calls")
+
+
+def test_layers_are_not_run_for_their_shapes_at_any_length():
+    node = layer("SimpleRNNCell", units=2, name="c")
+    more = in_a_model(node, 40, lambda source: call(source, [source]))
+    refused(*more, "has Keras run layers for their shapes more than .* times")
+
+
+def called_on_itself(count):
+    cell, inputs = keras.layers.SimpleRNNCell(2), keras.Input((2,))
+    x = inputs
+    for _ in range(count):
+        x = cell(x, [x])[0]
+    inner = keras.Model(inputs, x, name="inner")
+    x = outer = keras.Input((2,), batch_size=3)
+    for _ in range(count):
+        x = inner(x)
+    return keras.Model(outer, x)
+
+
+@pytest.mark.parametrize(("count", "encoding"), [(3, "config"), (9, "value")])
+def test_who_would_be_refused_for_that_goes_by_value(count, encoding, monkeypatch):
+    monkeypatch.setattr(calls, "MOST_TRACES", 20)
+    header, frames = serialize_keras(source := called_on_itself(count))
+    assert header["encoding"] == encoding
+    zoo.assert_same(source, deserialize_keras(header, frames))
+
+
+def test_a_clock_ends_what_nothing_else_does(monkeypatch):
+    header, frames = serialize_keras(zoo.build("functional"))
+    monkeypatch.setattr(budget, "MOST_SECONDS", -1000)
+    refused(header, frames, "takes longer to build than .* seconds of a processor")
+
+
+@pytest.mark.parametrize("nodes", [5, {"a": 1}, "ab"], ids=str)
+def test_calls_that_are_no_list(nodes):
+    node = {"class_name": "Dense", "name": "zz", "inbound_nodes": nodes}
+    refused(*with_more_layers(node), "cannot be rebuilt here: (?!.*did not expect)")
 
 
 def test_calls_that_fail_do_not_wait():

@@ -497,3 +497,26 @@ def test_dask_finds_the_command():
         warnings.simplefilter("error")
         _register_command_ep(group, importlib.metadata.EntryPoint(name, target, "dask_cli"))
     assert group.commands["keras"] is cli.keras
+
+
+def test_links_that_go_too_deep(config, tmp_path):
+    """Nothing could open such a parcel, tell it apart or send it on: Python would recurse."""
+    receive, (header, _, *frames) = pack(config).__reduce_ex__(4)
+    parts = [header, *map(bytes, frames)]
+    kept = [f"q{chr(i + 1)}".encode() for i in range(len(parts))]
+    file = tmp_path / "chain"
+
+    def chain(count):
+        text = b"\x80\x04" + f"c{receive.__module__}\n{receive.__name__}\n".encode() + b"q\x00"
+        for part, keep in zip(parts, kept, strict=True):
+            text += b"B" + len(part).to_bytes(4, "little") + part + keep
+        again = b"h\x00(" + b"h\x01%sh" + b"h".join(b"%c" % (i + 2) for i in range(len(frames)))
+        for i in range(count):
+            text += again % (b"h\xff\x85" if i else b")") + b"tRq\xff"
+        file.write_bytes(text + b".")
+        return inspect(file)
+
+    assert [len(parcel.links) for parcel in chain(3)] == [0, 1, 1]
+    assert chain(200)[-1].open().name == config.name
+    with pytest.raises(DecodeError, match="too deep"):
+        chain(3000)

@@ -42,7 +42,8 @@ FLOORS = [
     {"configs.layerwise", "values.mending"},
     {"values.shells"},
     {"values.binding", "wire.environment"},
-    {"limits.arguments", "limits.operations", "limits.calls", "configs.likeness"},
+    {"limits.arguments"},
+    {"limits.operations", "limits.calls", "configs.likeness"},
     {
         "private",
         "parts",

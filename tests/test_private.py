@@ -69,6 +69,7 @@ FOUND = {
     "KerasTensor._keras_history": lambda m: m.inputs[0]._keras_history.node_index,
     "KerasHistory": lambda m: isinstance(m.inputs[0]._keras_history, private.KerasHistory) or None,
     "Function._operations": lambda m: zoo.functional()._operations,
+    "Function._run_through_graph": lambda m: private.Function._run_through_graph,
     "Function._nodes": lambda m: zoo.functional()._nodes,
     "Trainer._compile_config": lambda m: m._compile_config.config["optimizer"],
     "Trainer._compile_metrics": lambda m: m._compile_metrics,

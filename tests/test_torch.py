@@ -112,7 +112,7 @@ def test_a_value_lies_in_memory_as_it_lay(route):
     assert torch.equal(replica.kernel.value, layer.kernel.value)
 
 
-@pytest.mark.parametrize("placement", [[0], [0, 0], [0, 5], ["x", 0], [0, 1, 2]], ids=str)
+@pytest.mark.parametrize("placement", [[0], [0, 0], [0, 5], ["x", 0], [0, 1, 2], [-1, 0]], ids=str)
 def test_how_it_lay_may_be_malformed(placement):
     header, frames = serialize_keras(keras.Variable(np.ones((4, 6), "float32")))
     header["body"]["placements"] = [[0, placement]]

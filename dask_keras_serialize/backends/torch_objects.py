@@ -30,7 +30,9 @@ def placement(variable: Any) -> list[int] | None:
 
 
 def place(tensor: torch.Tensor, placement: list[int]) -> torch.Tensor:
-    """Lay a tensor out so; one copy."""
+    """Lay a tensor out so; one copy. ValueError if that is no order of its axes."""
+    if sorted(placement) != list(range(tensor.dim())):
+        raise ValueError(f"no order of {tensor.dim()} axes")
     back = sorted(range(len(placement)), key=placement.__getitem__)
     return tensor.permute(placement).contiguous().permute(back)
 

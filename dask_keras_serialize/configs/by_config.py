@@ -27,7 +27,7 @@ from dask_keras_serialize.configs import compiled, fidelity, skew
 from dask_keras_serialize.configs.defaults import floatx_in_this_thread, policy_in_this_thread
 from dask_keras_serialize.configs.sequentials import built_once
 from dask_keras_serialize.errors import DecodeError
-from dask_keras_serialize.limits import names, operations
+from dask_keras_serialize.limits import arguments, names, operations
 from dask_keras_serialize.limits.budget import counted
 from dask_keras_serialize.limits.vetting import Vetted
 from dask_keras_serialize.parts import Description, Key, Rebuilt
@@ -102,11 +102,16 @@ def dump(model: keras.Model) -> Description | str:
         "history": fidelity.history_of(model),
         "assets": files,
     }
+    json_of_model = text
     try:
         text = f'{{"model": {text}, {json.dumps(rest)[1:]}'
     except (TypeError, ValueError) as error:
         return f"its config is not plain data: {error}"
     variables = variables_of(model)
+    if arguments.may_be_too_large(json_of_model):
+        axes = {length for each in variables for length in each.shape}
+        if large := arguments.too_large(config, axes):
+            return large
     if refused := names.refused(text, (each.path for each in variables)):
         return refused
     parts = functools.partial(parts_of, model)

@@ -108,6 +108,7 @@ _OF_KERAS = re.compile(
 #: Arguments that receivers look at, of five figures or more; see :func:`arguments.costly`.
 _NUMBERED = re.compile(
     rf'"(?:{"|".join((*arguments.COUNTS, arguments.CLASSES))})": \d{{5}}|"vocabulary": \['
+    '|"stateful": true'
 )
 #: The modules of operations, at whose arguments receivers look, too.
 OPERATIONS = '"module": "keras.src.ops.'

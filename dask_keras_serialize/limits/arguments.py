@@ -5,7 +5,11 @@ Those that are looked at here, wherever they stand, and whoever's class takes th
 
 from __future__ import annotations
 
-from dask_keras_serialize.limits import names
+import re
+from collections.abc import Container
+from typing import Any
+
+from dask_keras_serialize.limits import calls, names
 
 #: Arguments that are data, or where to read it: a path, which would be this machine's.
 _FILES = ("vocabulary", "idf_weights")
@@ -19,6 +23,19 @@ COUNTS = (
 #: The same, of the metrics named IoU, which list all classes; an operation may have more of them.
 CLASSES = "num_classes"
 
+#: Whole numbers say how large something is, but for those of these arguments, which are values. No
+#: layer is larger, but where a variable has an axis like it, whose bytes were sent.
+MOST_NUMBER = 10**7
+_VALUES = frozenset(
+    {
+        "seed", "salt", "value", "values", "mean", "variance", "vocabulary", "bin_boundaries",
+        "num_bins", "num_tokens", "mask_token", "mask_value", "oov_token", "scale", "offset",
+        "decay_steps", "first_decay_steps", "warmup_steps", "boundaries", "inbound_nodes",
+    }
+)  # fmt: skip
+#: Those in JSON that may be larger; in a word, too.
+_NUMBER = re.compile(r'(?<![\d.\-])(?<!"seed": )(?<!"salt": )\d{8,}(?![\d.e])')
+
 #: More tensors no operation makes; building that many takes a second. Nor all together so many.
 MOST_TENSORS, MOST_ASKED = 10_000, 200_000
 
@@ -27,11 +44,12 @@ def costly(name: str, inner: object) -> str | None:
     """Say which argument of a class asks for more than there is, and how."""
     if not isinstance(inner, dict):
         return None
-    for key in _FILES:
-        if isinstance(inner.get(key), str):
+    if inner.get("stateful") is True:
+        return f"{name} has states as large as its batch"
+    for key, value in inner.items():
+        if key in _FILES and isinstance(value, str):
             return f"{key} of {name} is a file of another machine"
-        words = inner.get(key)
-        if isinstance(words, list) and names.lopsided([e for e in words if isinstance(e, str)]):
+        if isinstance(value, list) and names.lopsided(_elements(value)):
             return f"one word in the {key} of {name} is too long"
     for key in (*COUNTS, CLASSES) if name.endswith("IoU") else COUNTS:
         if isinstance(inner.get(key), int | float) and inner[key] > MOST_TENSORS:
@@ -39,7 +57,52 @@ def costly(name: str, inner: object) -> str | None:
     return None
 
 
+def too_large(model: object, axes: Container[int]) -> str | None:
+    """Say which number in a model's config is larger than what was sent for it.
+
+    Parameters
+    ----------
+    model : dict
+        Its config.
+    axes : container of int
+        Lengths of the axes of all variables that were sent.
+    """
+    waiting: list[tuple[str, Any]] = [("", model)]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(inner, each) for inner, each in value.items() if inner not in _VALUES]
+        elif isinstance(value, list | tuple):
+            waiting += [(key, each) for each in value]
+        elif isinstance(value, int) and value > MOST_NUMBER and value not in axes:
+            return f"{key!r} in it is {value}, larger than any axis of its variables"
+    return None
+
+
+def may_be_too_large(text: str) -> bool:
+    """Say whether to look for such numbers in a config as JSON."""
+    return _NUMBER.search(text) is not None
+
+
 def asked(inner: object) -> float:
     """Return how many tensors, thresholds and so on an object's arguments ask for together."""
     given = [inner.get(key) for key in COUNTS] if isinstance(inner, dict) else []
     return sum(each for each in given if isinstance(each, int | float) and 0 < each <= MOST_TENSORS)
+
+
+def _elements(values: list[Any]) -> list[str | bytes]:
+    """Return what NumPy's array of nested lists would hold, as text; of no other objects."""
+    elements: list[str | bytes] = []
+    waiting = list(values)
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            if each.get("class_name") not in calls.DATA:
+                return []
+            each = each.get("config")
+            waiting += each.values() if isinstance(each, dict) else [each]
+        elif isinstance(each, list):
+            waiting += each
+        else:
+            elements.append(each if isinstance(each, str) else "")
+    return elements

@@ -3,8 +3,9 @@
 Each tensor is a call of a layer that Keras traces, for some tenth of a millisecond. A config says
 with few bytes that a model is called often, and calls another often: three of 40 layers and 40
 calls, one in the other, are 18 kB and 64,000 calls. Where Keras runs a layer to know its shapes,
-what that calls makes no symbolic tensors, and takes milliseconds. And a layer that is called on no
-tensor of the model's runs at once, on whatever a config holds, for as long as that takes.
+it traces it for some ten milliseconds, and what that calls makes no symbolic tensors. It reads what
+else a layer is called on anew each time. And a layer that is called on no tensor of the model's
+runs at once, on whatever a config holds, for as long as that takes.
 
 On torch Keras runs what has no shapes of its own without data first, and where that fails on ones
 of its inputs' shapes (``compute_output_spec`` in ``keras/src/backend/torch/core.py``), which is
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -26,6 +28,7 @@ import keras
 
 from dask_keras_serialize import private
 from dask_keras_serialize.errors import DecodeError
+from dask_keras_serialize.limits import calls as making
 from dask_keras_serialize.rebuilding.hooks import in_this_thread
 from dask_keras_serialize.wire.header import MOST_AXES
 
@@ -34,6 +37,10 @@ MOST, MOST_OF_ONE = 20_000, 20
 
 #: Calls that layers make as they are run for their shapes; more of each object.
 MOST_CALLS, MOST_CALLS_OF_ONE = 1000, 5
+
+#: Seconds of the processor for whatever else takes long: honest ones take some hundredth of it.
+#: More of each object.
+MOST_SECONDS, MOST_SECONDS_OF_ONE = 60, 0.1
 
 #: Of all Normalizations together: features of their inputs.
 MOST_FEATURES = 10**7
@@ -63,11 +70,23 @@ def counted(objects: int, owner: str) -> Iterator[None]:
         In the midst of what would make more.
     """
     most, most_calls = MOST + MOST_OF_ONE * objects, MOST_CALLS + MOST_CALLS_OF_ONE * objects
-    made = features = calls = depth = 0
+    most_values, most_traces = making.most_read(objects)
+    made = features = calls = traces = values = depth = 0
+    walked: dict[int, tuple[int, Any]] = {}  # by id, for as long as the function lives, and here
+
+    ends = time.thread_time() + MOST_SECONDS + MOST_SECONDS_OF_ONE * objects
+
+    def look_at_the_clock() -> None:
+        if time.thread_time() > ends:
+            raise DecodeError(
+                f"{owner}: its config takes longer to build than {MOST_SECONDS} seconds of a "
+                f"processor, and {MOST_SECONDS_OF_ONE} for each object in it; send it by value"
+            )
 
     def count(original: Any, tensor: Any, shape: Any, *arguments: Any, **keywords: Any) -> None:
         nonlocal made
         made += 1
+        look_at_the_clock()
         if isinstance(shape, list | tuple) and not have_a_size(shape):
             raise DecodeError(
                 f"{owner}: its config has a tensor of {len(shape)} axes as no array has: not more "
@@ -111,6 +130,29 @@ def counted(objects: int, owner: str) -> Iterator[None]:
         finally:
             depth -= 1
 
+    def trace(original: Any, operation: Any, *arguments: Any, **keywords: Any) -> Any:
+        nonlocal traces
+        traces += 1
+        look_at_the_clock()
+        if traces > most_traces:
+            raise DecodeError(
+                f"{owner}: its config has Keras run layers for their shapes more than "
+                f"{most_traces} times, for more than it names; send it by value, or in parts"
+            )
+        return original(operation, *arguments, **keywords)
+
+    def walk(original: Any, function: Any, *arguments: Any, **keywords: Any) -> Any:
+        nonlocal values
+        if id(function) not in walked:
+            walked[id(function)] = making.values_in(function), function
+        values += walked[id(function)][0]
+        if values > most_values:
+            raise DecodeError(
+                f"{owner}: its config has Keras read more than {most_values} arguments of calls, "
+                "for more than it names; send it by value, or in parts"
+            )
+        return original(function, *arguments, **keywords)
+
     def keep(original: Any, layer: Any, input_shape: Any, **keywords: Any) -> None:
         nonlocal features
         if layer.input_mean is not None and layer.axis:
@@ -125,6 +167,10 @@ def counted(objects: int, owner: str) -> Iterator[None]:
     with (
         in_this_thread(keras.KerasTensor, "__init__", count),
         in_this_thread(keras.Operation, "__call__", call),
+        in_this_thread(keras.Operation, "compute_output_spec", trace),
+        in_this_thread(private.Function, "_run_through_graph", walk)
+        if hasattr(private.Function, "_run_through_graph")
+        else nullcontext(),
         in_this_thread(keras.layers.Normalization, "build", keep),
         _without_data(owner),
     ):

@@ -25,6 +25,10 @@ NUMBERS = frozenset({"__tensor__", "__numpy__"})
 #: Values that Keras may read in calls that have to wait: five seconds; and those in a tensor.
 MOST_READ, OF_A_TENSOR = 3 * 10**6, 12
 
+#: Values among the arguments of all calls in a model, each time that Keras walks it; more of each
+#: object. Layers that are run for their shapes, in models that are walked for theirs, too.
+MOST_VALUES, MOST_VALUES_OF_ONE, MOST_TRACES = 100_000, 50, 100
+
 #: Models in a model that a sender allows for, as it looks at one after the other.
 _IN_ALL = 10
 
@@ -36,6 +40,8 @@ class Calls:
         #: By id of a part: whether a tensor is in it, and what object that is more than data.
         self._known: dict[int, tuple[bool, str | None]] = {}
         self._read = 0
+        #: How many calls there are, of objects that were looked at.
+        self.made = 0
 
     def refusal(self, node: dict[str, Any]) -> str | None:
         """Say why the calls of a layer are not to be made.
@@ -52,7 +58,8 @@ class Calls:
             :func:`budget.counted` sees to it. Or that one is on more than tensors and data.
         """
         name, calls = node["class_name"], node.get("inbound_nodes") or []
-        found = [self._look_at(each) for each in calls] if isinstance(calls, list) else []
+        found = [self._look_at(each) for each in _listed(calls)]
+        self.made += len(found)
         if not isinstance(calls, list) or not all(has_tensor for has_tensor, _ in found):
             return f"{name!r} is called without a tensor of the model's"
         other = next((each for _, each in found if each), None)
@@ -70,7 +77,7 @@ class Calls:
         place = {str(each.get("name")): i for i, each in enumerate(nodes)}
         waiting = size = 0
         for i, node in enumerate(nodes):
-            for call in node.get("inbound_nodes") or ():
+            for call in _listed(node.get("inbound_nodes")):
                 size += _size(call)
                 waiting += any(place.get(name, 0) > i for name in _tensors_of(call))
         self._read += waiting * size
@@ -123,7 +130,56 @@ def lost(layer: keras.Layer) -> str | None:
         here = place[id(node.operation)]
         sources = (each._keras_history.operation for each in node.input_tensors)
         waiting += any(place.get(id(each), 0) > here for each in sources)
+    known: dict[int, tuple[int, int, int]] = {}
+    _, *spent = _walk(function, known)
+    most = most_read(sum(calls for calls, _, _ in known.values()))
+    if any(2 * n > limit for n, limit in zip(spent, most, strict=True)):
+        return "models in it are called so often that a rebuild would take too long"
     return _too_often(_IN_ALL * waiting * size)
+
+
+def values_in(function: Any) -> int:
+    """Return how many values Keras reads to walk a function's calls once: of tensors, one each."""
+    calls = (node.arguments for _, node in private.nodes(function))
+    return sum(len(keras.tree.flatten((each.args, each.kwargs))) for each in calls)
+
+
+def most_read(objects: int) -> tuple[int, int]:
+    """Return what a rebuild may take: values read in walks of models' calls, and layers run.
+
+    Parameters
+    ----------
+    objects : int
+        That the config names, and calls.
+    """
+    return MOST_VALUES + MOST_VALUES_OF_ONE * objects, MOST_TRACES + objects
+
+
+def _walk(function: Any, known: dict[int, tuple[int, int, int]]) -> tuple[int, int, int]:
+    """Return how many calls a function has; what a walk reads, and runs, also in models in it.
+
+    ``known`` collects the same of each of these, by id.
+    """
+    if id(function) not in known:
+        nodes = [node for _, node in private.nodes(function)]
+        values, traces = values_in(function), 0
+        for operation in (node.operation for node in nodes):
+            inner = private.function_of(operation)
+            if inner is not None and inner is not function:
+                _, read, run = _walk(inner, known)
+                values, traces = values + read, traces + run
+            elif isinstance(operation, keras.Layer):
+                traces += _is_run(type(operation))
+        known[id(function)] = len(nodes), values, traces
+    return known[id(function)]
+
+
+def _is_run(cls: Any) -> bool:
+    """Say whether Keras runs a layer to know its shapes, for it does not say them."""
+    return all(
+        getattr(cls, name) is getattr(keras.Layer, name)
+        for name in ("compute_output_shape", "compute_output_spec")
+    )
 
 
 def _too_often(values: int) -> str | None:
@@ -135,6 +191,10 @@ def _too_often(values: int) -> str | None:
     if values <= MOST_READ:
         return None
     return f"calls in it wait for others, and Keras would read {values} values anew"
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _tensors_of(call: Any) -> Iterator[str]:

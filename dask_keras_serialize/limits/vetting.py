@@ -50,7 +50,7 @@ class Vetted(NamedTuple):
     classes : dict of str to type
         Those of the user's own modules in it, by the names Keras looks them up by.
     nodes : int
-        How many objects it names.
+        How many objects it names, and calls.
     """
 
     config: dict[str, Any]
@@ -111,13 +111,17 @@ def read(text: Any, header: Header) -> Vetted:
             cls = _symbol(node.get("module"), node["class_name"])
             if isinstance(cls, type):
                 skew.leave_out_unused(cls, node["config"])
+    axes = {length for each in header.variables for length in each.shape}
+    if reason := arguments.too_large(config["model"], axes):
+        raise DecodeError(f"{problem}: {reason}{ending}")
     # to look at the user's own may be to import them: when all else may be built
     for node in named:
         if is_listed(node.get("module")) and (reason := _user_class(node, classes)):
             raise DecodeError(f"{problem}: {reason}{ending}")
         if _operation(node.get("module"), node["class_name"]):
             operations.restore_tuples(node)
-    return Vetted(config, classes, len(named))
+    objects = sum(node["class_name"] not in DATA | NUMBERS for node in named)
+    return Vetted(config, classes, objects + called.made)
 
 
 def modules() -> tuple[str, ...]:

@@ -63,9 +63,15 @@ def write(model: keras.Model, names: list[tuple[int, str]], extras: list[Array])
         _in_a_folder(partial(_load, layers[i], content_of))
 
 
+#: The file in which lookups keep their vocabulary (``index_lookup.py``).
+_WORDS = "vocabulary.txt"
+
+
 def is_lopsided(name: str, content: Array) -> bool:
     """Say whether a file is a vocabulary that takes much more memory than its bytes."""
-    return name == "vocabulary.txt" and lopsided(content.tobytes().splitlines())
+    # text, as Keras splits it: bytes have fewer kinds of line ends
+    words = content.tobytes().decode(errors="replace").splitlines() if name == _WORDS else ()
+    return lopsided(words)
 
 
 def _with_assets(model: keras.Model) -> Iterator[tuple[int, keras.Layer]]:

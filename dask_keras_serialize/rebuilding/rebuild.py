@@ -37,6 +37,9 @@ from dask_keras_serialize.wire.header import ITEMSIZE, STRING, Header, fits_in_a
 #: So many variables more than were sent may be made in a rebuild, and dropped.
 SPARE = 100
 
+#: What the state of a seed generator is called, which each backend has of a dtype of its own.
+SEED = "seed_generator_state"
+
 #: ``id(variable)`` to the index of its value, and the variable, so that the id stays its.
 Given = dict[int, tuple[int, keras.Variable]]
 
@@ -107,7 +110,10 @@ class Values:
         if placement is None or self.header.backend != keras.backend.backend():
             return tensor
         try:
-            return self.backend.place(tensor, placement)
+            placed = self.backend.place(tensor, placement)
+            if tuple(placed.shape) != tuple(tensor.shape):
+                raise ValueError(f"a value of shape {tuple(placed.shape)}")
+            return placed
         except (TypeError, ValueError, LookupError, RuntimeError, OverflowError) as error:
             raise DecodeError(
                 f"{self.header.owner}: variable {entry.path!r} cannot be placed as "
@@ -184,7 +190,8 @@ def values_at_creation(values: Values) -> Iterator[Given]:
                 f"{values.header.owner}: its config asks for more variables than the "
                 f"{len(values.header.variables)} that were sent; {skew.named(values.header)}"
             )
-        original(variable, initializer)
+        # LAPACK ends the process where there is nothing to make orthogonal
+        original(variable, keras.initializers.Zeros() if 0 in variable._shape else initializer)
 
     with in_this_thread(keras.Variable, "_initialize_with_initializer", initialize):
         yield given
@@ -216,6 +223,8 @@ def assign_rest(variables: Sequence[keras.Variable], given: Given, values: Value
     for index, (variable, entry) in enumerate(zip(variables, table, strict=True)):
         check_fits(variable, index, values.header)
         if given.get(id(variable), (None, None))[0] != index:
+            if variable.dtype != entry.dtype and not entry.path.endswith(SEED):
+                check_range(variable, values.array(index), values.header)
             values.place(index, variable.assign)
             variable._path = entry.path
         if variable.trainable != entry.trainable:
@@ -236,6 +245,8 @@ def _afford(variable: keras.Variable, initializer: Any, header: Header, most: in
     if not fits_in_an_array(shape):
         raise DecodeError(f"{asked}{len(shape)} axes that no array has; send it again")
     nbytes: int = math.prod(shape) * ITEMSIZE.get(variable.dtype, 1)
+    # initializers take axes one by one, of what has no bytes too
+    nbytes = max(nbytes, math.prod(filter(None, shape)))
     if nbytes > most:
         raise DecodeError(
             f"{asked}shape {shape}, "
@@ -252,18 +263,30 @@ def _afford(variable: keras.Variable, initializer: Any, header: Header, most: in
     return nbytes
 
 
+def check_range(variable: keras.Variable, value: backends.Array, header: Header) -> None:
+    """Raise DecodeError unless a variable of whole numbers, of another dtype, can have a value."""
+    limits = np.iinfo(variable.dtype)
+    if value.size and not limits.min <= value.min() <= value.max() <= limits.max:
+        raise DecodeError(
+            f"{header.owner}: variable {variable.path!r} was sent as {value.dtype} with numbers "
+            f"that {variable.dtype} has not, which it is of on {keras.backend.backend()!r}: open "
+            f"it on {header.backend!r}"
+        )
+
+
 def _hint(path: str) -> tuple[str, ...]:
     # a Sequential's layers lose its name from their paths in a rebuild by Keras, and seed
     # generators are numbered as they are made
     owner, _, name = path.rpartition("/")
-    return (name,) if name == "seed_generator_state" else (owner.rpartition("/")[2], name)
+    return (name,) if name == SEED else (owner.rpartition("/")[2], name)
 
 
 def check_fits(variable: keras.Variable, index: int, header: Header) -> None:
     """Raise DecodeError unless a rebuilt variable is the one of a row of the table."""
     entry = header.variables[index]
-    # seeds are of another dtype in each backend
-    as_sent = variable.dtype == entry.dtype or header.backend != keras.backend.backend()
+    # seeds and counts are of another dtype in each backend
+    whole = all(dtype.startswith(("int", "uint")) for dtype in (variable.dtype, entry.dtype))
+    as_sent = variable.dtype == entry.dtype or (whole and header.backend != keras.backend.backend())
     if tuple(variable.shape) != entry.shape or not as_sent:
         raise DecodeError(
             f"{header.owner}: variable {index} was sent as {entry.path!r} {entry.shape} "
