@@ -16,6 +16,7 @@ import pytest
 from distributed import protocol
 from keras import layers
 
+from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
 from dask_keras_serialize.errors import EncodeError
 from dask_keras_serialize.protocol import encode
 from tests import zoo
@@ -475,3 +476,67 @@ def test_document_frequencies(kind, padded):
         source = protocol.deserialize(*protocol.serialize(source))
         assert source.layers[0].get_vocabulary() == lookup.get_vocabulary()
         np.testing.assert_array_equal(keras.ops.convert_to_numpy(source(batch)), expected)
+
+
+BY_CONFIG = {
+    "masks": (lambda: layers.Embedding(5, 3, mask_zero=True), (4,)),
+    "rules of layers inside": (
+        lambda: layers.MultiHeadAttention(2, 2, kernel_regularizer="l2", bias_constraint="non_neg"),
+        (4, 3),
+    ),
+    "rule of a bias left out": (
+        lambda: layers.Conv1D(2, 2, use_bias=False, bias_constraint="non_neg"),
+        (5, 2),
+    ),
+    "a kernel that a wrapper keeps": (
+        lambda: layers.SpectralNormalization(layers.Conv1D(3, 2), power_iterations=2),
+        (4, 2),
+    ),
+    "large bounds": (lambda: lambda x: keras.ops.clip(x, -(10**9), 10**9), (2,)),
+    "a constant": (lambda: lambda x: x + keras.ops.ones((2,)), (2,)),
+    "a mask of minus a billion": (lambda: lambda x: x * -(10**9) + -1e9, (2,)),
+}
+
+
+@pytest.mark.parametrize("name", BY_CONFIG)
+def test_what_looks_hard_and_goes_by_config(name):
+    make, shape = BY_CONFIG[name]
+    layer, inputs = make(), keras.Input(shape)
+    attention = isinstance(layer, layers.MultiHeadAttention)
+    source = keras.Model(inputs, layer(inputs, inputs) if attention else layer(inputs))
+    batch = np.ones((2, *shape), np.float32)
+    source(batch, training=True)
+    header, frames = serialize_keras(source)
+    assert header["encoding"] == "config"
+    again = deserialize_keras(header, frames)
+    zoo.assert_same(source, again)
+    assert len(again.losses) == len(source.losses)
+    assert [rule_names(v) for v in again.variables] == [rule_names(v) for v in source.variables]
+    for training in (False, True):
+        results = [model(batch, training=training) for model in (source, again)]
+        np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, results))
+
+
+def rule_names(variable):
+    return type(variable.regularizer), type(variable.constraint)
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (lambda: layers.Embedding(5, 3, mask_zero=True), {"supports_masking": False}),
+        (lambda: layers.Embedding(5, 3), {"supports_masking": True}),
+        (lambda: layers.Dense(3), {"kernel_regularizer": keras.regularizers.L2()}),
+    ],
+)
+def test_what_was_changed_by_hand_goes_by_value(make, change):
+    layer = make()
+    source = keras.Sequential([keras.Input((4,)), layer])
+    for name, value in change.items():
+        setattr(layer, name, value)
+    header, frames = serialize_keras(source)
+    assert header["encoding"] == "value"
+    again = deserialize_keras(header, frames).layers[-1]
+    for name, value in change.items():
+        assert type(getattr(again, name)) is type(value)
+        assert isinstance(value, keras.Regularizer) or getattr(again, name) == value

@@ -375,6 +375,7 @@ def test_threads_share_a_replica(registered):
     np.testing.assert_array_equal(found, by_chunks(alike, rows, sizes, 16)[0])
 
 
+@pytest.mark.once
 def test_processes_of_dask_s_own():
     model = classifier()
     lazy = predict(model, da.from_array(X[:40], chunks=(20, 64)))

@@ -86,6 +86,7 @@ def test_a_config_key_turns_it_off_and_an_import_on():
     run("import dask" + STALE + "import dask_keras_serialize" + OURS, **OFF)
 
 
+@pytest.mark.once
 def test_what_was_cached_under_the_old_handler_is_forgotten():
     run(STALE + "import dask_keras_serialize" + OURS, **OFF)
 
@@ -173,6 +174,7 @@ assert holds_keras([keras.Model()])
 """
 
 
+@pytest.mark.once
 def test_an_event_loop_does_not_wait_for_the_import_of_keras():
     """Or it may get half of a module, or the thread that imports Keras may."""
     run(WHILE_KERAS_IS_IMPORTED)

@@ -134,6 +134,7 @@ def test_an_asynchronous_client():
     asyncio.run(main())
 
 
+@pytest.mark.once
 def test_workers_that_join_are_told_nothing_of_it():
     with (
         LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster,

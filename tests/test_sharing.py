@@ -176,6 +176,7 @@ def test_what_changes_while_it_is_pickled_is_refused():
     zoo.assert_same(model, pickle.loads(pickle.dumps([optimizer, model]))[1])
 
 
+@pytest.mark.once
 def test_many_objects_do_not_cost_their_square():
     """Parts are looked up, not searched; a thousand layers take a few seconds at most."""
     many = [layers.Dense(1) for _ in range(1000)]

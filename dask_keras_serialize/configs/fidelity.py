@@ -153,7 +153,8 @@ def _foreign(config: Any) -> str | None:
 
 def _shared(model: keras.Model) -> str | None:
     """Find a layer or variable reached through two parents: a config makes two of it."""
-    owned = [v for layer in [model, *private.flatten_layers(model)] for v in private.own(layer)]
+    layers = [model, *private.flatten_layers(model)]
+    owned = [v for layer in layers for v in private.own(layer) if not _is_wrapped(layer, v)]
     if len({id(v) for v in owned}) < len(owned):
         return "two of its layers share a variable"
     seen: set[int] = set()
@@ -172,6 +173,16 @@ def _shared(model: keras.Model) -> str | None:
             seen.add(id(layer))
             parents.append(layer)
     return None
+
+
+def _is_wrapped(layer: keras.Layer, variable: keras.Variable) -> bool:
+    """Say whether a variable is that of the layer in a SpectralNormalization, which keeps it."""
+    wrapped = (
+        getattr(layer, "kernel", None)
+        if isinstance(layer, keras.layers.SpectralNormalization)
+        else None
+    )
+    return variable is wrapped
 
 
 def _compile_loss(model: keras.Model) -> str | None:

@@ -93,6 +93,10 @@ _PLAIN_ATTRIBUTES = (
 )
 
 
+#: Keras's layers that an argument has support masks, or not.
+_MASKING = (keras.layers.Embedding, getattr(keras.layers, "ReversibleEmbedding", None))
+
+
 def _variable_lost(layer: keras.Layer) -> str | None:
     """Name what was set on a layer's variables, or adapted by hand, that no config holds."""
     for variable in private.own(layer):
@@ -126,9 +130,12 @@ def _value_lost(layer: keras.Layer) -> str | None:
         return None
     twin = _twin(layer.__class__)
     for name in _PLAIN_ATTRIBUTES:
-        if twin is not None and getattr(layer, name) != getattr(twin, name):
+        default = getattr(twin, name, None)
+        if name == "supports_masking" and layer.__class__ in _MASKING:
+            default = layer.mask_zero
+        if twin is not None and getattr(layer, name) != default:
             return str(name)
-    rules = set()  # regularizers and constraints of variables, by id
+    rules, unused = set(), set()  # regularizers and constraints of variables, by id
     for name, value in vars(layer).items():
         sort = kind(value.__class__)
         if sort == "plain":
@@ -154,9 +161,13 @@ def _value_lost(layer: keras.Layer) -> str | None:
             return f"{name}.seed"
         if name.endswith(("_regularizer", "_constraint")) and name != "activity_regularizer":
             rules.add(id(value))
+            if getattr(layer, name.strip("_").rpartition("_")[0], value) is None:
+                unused.add(id(value))  # as of the bias that is left out
     if layer.built:
         used = {id(rule) for v in private.own(layer) for rule in (v.regularizer, v.constraint)}
-        if used - {id(None)} != rules:
+        # layers in it have others, made of the same config
+        unused |= rules if any(True for _ in private.flatten_layers(layer)) else set()
+        if not rules - unused <= used <= rules | {id(None)}:
             return "regularizer or constraint"
     return argument_lost(layer) or _structure_lost(layer)
 

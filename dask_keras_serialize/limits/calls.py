@@ -9,6 +9,7 @@ have to wait for another again and again (``functional_from_config`` in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -126,7 +127,7 @@ def lost(layer: keras.Layer) -> str | None:
                     f"{node.operation.name!r} is called on {type(value).__name__}, and may run it"
                 )
             else:
-                size += getattr(value, "size", 1)
+                size += math.prod(getattr(value, "shape", ()))  # size is torch's method
         here = place[id(node.operation)]
         sources = (each._keras_history.operation for each in node.input_tensors)
         waiting += any(place.get(id(each), 0) > here for each in sources)
