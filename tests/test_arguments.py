@@ -374,3 +374,53 @@ def test_variables_without_elements_arrive():
     again = deserialize_keras(*serialize_keras(source))
     zoo.assert_same(source, again)
     assert again.layers[0].kernel.shape == (0, 3)
+
+
+def repeated(times, *, metrics=0):
+    inputs = x = keras.Input((2,))
+    x = keras.layers.Concatenate(axis=1)([keras.layers.RepeatVector(5000)(x) for _ in range(times)])
+    made = keras.Model(inputs, keras.layers.Flatten()(x))
+    if metrics:
+        size = {2: 10_000}.get(times, 900)
+        found = [keras.metrics.AUC(size, name=f"m{i}") for i in range(metrics)]
+        made.compile("sgd", "mse", metrics=found)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("times", "metrics", "encoding"),
+    [(45, 0, "value"), (38, 12, "value"), (2, 21, "value"), (38, 0, "config"), (30, 4, "config")],
+)
+def test_what_asks_for_too_much_together_goes_by_value(times, metrics, encoding):
+    header, frames = serialize_keras(repeated(times, metrics=metrics))
+    assert header["encoding"] == encoding
+    assert len(deserialize_keras(header, frames).layers) == times + 3
+
+
+@pytest.mark.parametrize(("metrics", "thresholds"), [(1, 9000), (30, 7)])
+@pytest.mark.parametrize("trained", [False, True])
+def test_metrics_that_are_not_built(metrics, thresholds, trained):
+    """They have variables, which are not the model's yet."""
+    made = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, "sigmoid")])
+    found = [keras.metrics.AUC(thresholds, name=f"m{i}") for i in range(metrics)]
+    made.compile("sgd", "mse", metrics=found)
+    if trained:
+        made.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
+    header, frames = serialize_keras(made)
+    assert header["encoding"] == ("config" if trained else "value")
+    again = deserialize_keras(header, frames)
+    zoo.assert_same(made, again)
+    for each in (made, again):
+        each.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
+    zoo.assert_same(made, again)
+
+
+def test_means_as_wide_as_large_images_go_by_value():
+    def normalizes(width):
+        layer = keras.layers.Normalization(axis=(1, 2, 3), mean=0.5, variance=1.0)
+        return keras.Sequential([keras.Input((width, 2048, 3)), layer])
+
+    for width, encoding in ((1024, "config"), (2048, "value")):
+        header, frames = serialize_keras(normalizes(width))
+        assert header["encoding"] == encoding
+        assert deserialize_keras(header, frames).layers[-1].mean.shape[1:] == (width, 2048, 3)

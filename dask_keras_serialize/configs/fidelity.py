@@ -8,6 +8,7 @@ is less portable, but takes what it finds.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,7 +24,10 @@ from dask_keras_serialize.configs.likeness import (
     keras_finds,
 )
 from dask_keras_serialize.limits import arguments, operations, vetting
+from dask_keras_serialize.limits.arguments import SPARE
 from dask_keras_serialize.rebuilding.aside import aside
+from dask_keras_serialize.wire.frames import LARGE
+from dask_keras_serialize.wire.header import ITEMSIZE
 
 
 def loss_by_config(
@@ -51,7 +55,10 @@ def loss_by_config(
     """
     if type(model) not in model_classes():
         return f"{type(model).__qualname__} is a subclass of Model, with Python state of its own"
-    foreign = (None if _only_keras(text) else _foreign(config)) or _foreign([compile_config])
+    if _only_keras(text):
+        foreign = _foreign([compile_config], asked=sum(map(int, _COUNTED.findall(text))))
+    else:
+        foreign = _foreign([config, compile_config])
     foreign = foreign or vetting.found_by_name(compile_config) or vetting.registered_in(text)
     if foreign:
         return foreign
@@ -59,6 +66,8 @@ def loss_by_config(
     policies = (each.dtype_policy for each in layers if isinstance(each, keras.Model))
     if any(policy != model.dtype_policy for policy in policies):
         return "a model inside it has another dtype policy"
+    if sum(map(_features, layers)) > arguments.MOST_FEATURES:
+        return "its Normalization keeps one number for more features than a receiver takes"
     backend = backends.current()[1]
     added = (backend.no_config_holds(each) for each in (model, *layers))
     reasons = (_shared(model), *map(layer_loss, layers), model_loss(model), *added)
@@ -110,13 +119,18 @@ _NUMBERED = re.compile(
     rf'"(?:{"|".join((*arguments.COUNTS, arguments.CLASSES))})": \d{{5}}|"vocabulary": \['
     '|"stateful": true'
 )
+#: The same, whatever they are.
+_COUNTED = re.compile(rf'"(?:{"|".join(arguments.COUNTS)})": (\d+)')
 #: The modules of operations, at whose arguments receivers look, too.
 OPERATIONS = '"module": "keras.src.ops.'
 _OWN_NAMES = re.compile(r'"registered_name": (?:null|"Functional"|"Sequential")')
 
 
-def _foreign(config: Any) -> str | None:
-    """Say what in a config is not Keras's own, or asks for more than receivers take of one."""
+def _foreign(config: Any, asked: float = 0) -> str | None:
+    """Say what in a config is not Keras's own, or asks for more than receivers take of one.
+
+    ``asked`` is what has been asked for without it.
+    """
     waiting = [config]
     while waiting:
         node = waiting.pop()
@@ -141,6 +155,7 @@ def _foreign(config: Any) -> str | None:
                     return f"class {name!r} is not Keras's own"
                 if much := arguments.costly(str(name), node["config"]):
                     return much
+                asked += arguments.asked(node["config"])
                 if operations.is_operation(node):
                     if unlike := vetting.not_of_operations(node["module"], name, node["config"]):
                         return unlike
@@ -148,7 +163,13 @@ def _foreign(config: Any) -> str | None:
                         return f"the name of {name} is not in its config"
             node = node.values()
         waiting += [each for each in node if isinstance(each, (dict, list, tuple))]
-    return None
+    return arguments.too_much(asked)
+
+
+def _features(layer: keras.Layer) -> int:
+    """Return of how many features a Normalization keeps a mean that it was told."""
+    told = isinstance(layer, keras.layers.Normalization) and layer.input_mean is not None
+    return math.prod(getattr(layer.mean, "shape", ())) if told and layer.built else 0
 
 
 def _shared(model: keras.Model) -> str | None:
@@ -216,7 +237,16 @@ def _compile_loss(model: keras.Model) -> str | None:
                     lost = attribute_lost(value)
                 if lost:
                     return f"the config of {key} {type(value).__name__!r} loses {lost!r}"
+    sent = {id(variable) for variable in model.metrics_variables}
+    metrics = (each for each in given if isinstance(each, keras.Metric))
+    unsent = [v for metric in metrics for v in metric.variables if id(v) not in sent]
+    if len(unsent) > SPARE or sum(map(_nbytes, unsent)) > LARGE:
+        return "its metrics are large, and not built"
     return None
+
+
+def _nbytes(variable: keras.Variable) -> int:
+    return int(math.prod(variable.shape)) * ITEMSIZE.get(variable.dtype, 1)
 
 
 def leaves(value: Any) -> Iterator[Any]:

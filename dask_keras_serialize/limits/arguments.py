@@ -37,6 +37,12 @@ _VALUES = frozenset(
 #: Those in JSON that may be larger; in a word, too.
 _NUMBER = re.compile(r'(?<![\d.\-])(?<!"seed": )(?<!"salt": )\d{8,}(?![\d.e])')
 
+#: So many variables more than were sent may be made in a rebuild, and dropped.
+SPARE = 100
+
+#: Of all Normalizations together: features of their inputs.
+MOST_FEATURES = 10**7
+
 #: More tensors no operation makes; building that many takes a second. Nor all together so many.
 MOST_TENSORS, MOST_ASKED = 10_000, 200_000
 
@@ -83,6 +89,13 @@ def too_large(model: object, axes: Container[int]) -> str | None:
 def may_be_too_large(text: str) -> bool:
     """Say whether to look for such numbers in a config as JSON."""
     return _NUMBER.search(text) is not None
+
+
+def too_much(asked: float) -> str | None:
+    """Say that all of a config's arguments together ask for too much."""
+    if asked > MOST_ASKED:
+        return f"its arguments ask for more than {MOST_ASKED} together"
+    return None
 
 
 def asked(inner: object) -> float:

@@ -29,6 +29,7 @@ import keras
 from dask_keras_serialize import private
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.limits import calls as making
+from dask_keras_serialize.limits.arguments import MOST_FEATURES
 from dask_keras_serialize.rebuilding.hooks import in_this_thread
 from dask_keras_serialize.wire.header import MOST_AXES
 
@@ -41,9 +42,6 @@ MOST_CALLS, MOST_CALLS_OF_ONE = 1000, 5
 #: Seconds of the processor for whatever else takes long: honest ones take some hundredth of it.
 #: More of each object.
 MOST_SECONDS, MOST_SECONDS_OF_ONE = 60, 0.1
-
-#: Of all Normalizations together: features of their inputs.
-MOST_FEATURES = 10**7
 
 
 def have_a_size(axes: Sequence[object]) -> bool:

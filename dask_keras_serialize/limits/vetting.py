@@ -104,8 +104,7 @@ def read(text: Any, header: Header) -> Vetted:
             asked += arguments.asked(node["config"])
         except RecursionError as error:
             raise DecodeError(f"{problem}, it is malformed: {error!r}; send it again") from None
-        if reason or asked > arguments.MOST_ASKED:
-            reason = reason or f"its arguments ask for more than {arguments.MOST_ASKED} together"
+        if reason := reason or arguments.too_much(asked):
             raise DecodeError(f"{problem}: {reason}{ending}")
         if is_newer and isinstance(node["config"], dict):
             cls = _symbol(node.get("module"), node["class_name"])

@@ -26,6 +26,7 @@ import numpy as np
 from dask_keras_serialize import backends, private
 from dask_keras_serialize.configs import skew
 from dask_keras_serialize.errors import DecodeError
+from dask_keras_serialize.limits.arguments import SPARE
 from dask_keras_serialize.rebuilding import garbage
 from dask_keras_serialize.rebuilding.aside import aside
 from dask_keras_serialize.rebuilding.hooks import in_this_thread
@@ -33,9 +34,6 @@ from dask_keras_serialize.wire import strings
 from dask_keras_serialize.wire.cuda import DeviceFrame
 from dask_keras_serialize.wire.frames import LARGE, AnyFrame, Bytes, unpack
 from dask_keras_serialize.wire.header import ITEMSIZE, STRING, Header, fits_in_an_array, numpy_dtype
-
-#: So many variables more than were sent may be made in a rebuild, and dropped.
-SPARE = 100
 
 #: What the state of a seed generator is called, which each backend has of a dtype of its own.
 SEED = "seed_generator_state"
