@@ -540,3 +540,12 @@ def test_what_was_changed_by_hand_goes_by_value(make, change):
     for name, value in change.items():
         assert type(getattr(again, name)) is type(value)
         assert isinstance(value, keras.Regularizer) or getattr(again, name) == value
+
+
+def test_weights_of_losses_that_are_numbers_of_numpys():
+    inputs = keras.Input((3,))
+    outputs = [keras.layers.Dense(2)(inputs) for _ in range(2)]
+    source = keras.Model(inputs, outputs)
+    source.compile("sgd", "mse", loss_weights=[np.float64(0.1), np.float64(0.7)])
+    again = deserialize_keras(*serialize_keras(source))
+    assert [type(each) for each in again.get_compile_config()["loss_weights"]] == [np.float64] * 2

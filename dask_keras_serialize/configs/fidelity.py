@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 
 from dask_keras_serialize import backends, private
 from dask_keras_serialize.configs.fields import MOST_DEEP
@@ -230,6 +231,8 @@ def _compile_loss(model: keras.Model) -> str | None:
             if isinstance(value, keras.Metric) and any(value is other for other in given):
                 return f"metric {value.name!r} is given twice"
             given.append(value)
+            if isinstance(value, np.number):  # totals are rounded otherwise with Python's
+                return f"{key} has numbers of NumPy's"
             if isinstance(value, FUNCTIONS) and not keras_finds(value):
                 return f"{key} {getattr(value, '__name__', value)!r} is not Keras's own"
             if hasattr(value, "get_config"):
