@@ -549,3 +549,21 @@ def test_weights_of_losses_that_are_numbers_of_numpys():
     source.compile("sgd", "mse", loss_weights=[np.float64(0.1), np.float64(0.7)])
     again = deserialize_keras(*serialize_keras(source))
     assert [type(each) for each in again.get_compile_config()["loss_weights"]] == [np.float64] * 2
+
+
+def test_a_policy_by_the_path_of_a_layer():
+    """Which in a rebuilt Sequential is another."""
+    policies = keras.dtype_policies.DTypePolicyMap(default_policy="mixed_bfloat16")
+    policies["dense"] = keras.DTypePolicy("float16")
+    source = keras.Sequential([keras.Input((8,)), layers.Dense(4, dtype=policies, name="dense")])
+    again = deserialize_keras(*serialize_keras(source))
+    zoo.assert_same(source, again)
+    assert [v.dtype for v in again.variables] == [v.dtype for v in source.variables]
+
+
+def test_many_inputs_are_no_layers_to_run():
+    inputs = [keras.Input((1,)) for _ in range(250)]
+    source = keras.Model(inputs, layers.Concatenate()(inputs))
+    header, frames = serialize_keras(source)
+    assert header["encoding"] == "config"
+    assert len(deserialize_keras(header, frames).inputs) == 250

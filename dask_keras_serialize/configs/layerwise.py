@@ -64,11 +64,9 @@ def layer_loss(layer: keras.Layer) -> str | None:
             return f"{where} is a compiled model inside a model"
     if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
         return f"{where} is quantized or carries LoRA factors"
-    if isinstance(layer.dtype_policy, keras.dtype_policies.DTypePolicyMap) and any(
-        True for _ in private.flatten_layers(layer)
-    ):
-        # which it finds their policies in by their paths, and those are others in a rebuild
-        return f"{where} holds layers, and a map of dtype policies for them"
+    if isinstance(layer.dtype_policy, keras.dtype_policies.DTypePolicyMap):
+        # in which it finds policies by paths, and those are others in a rebuild
+        return f"{where} has a map of dtype policies"
     if getattr(layer, "stateful", False):
         return f"{where} is stateful"
     if isinstance(layer, private.LOOKUPS):

@@ -177,7 +177,7 @@ def _walk(function: Any, known: dict[int, tuple[int, int, int]]) -> tuple[int, i
 
 def _is_run(cls: Any) -> bool:
     """Say whether Keras runs a layer to know its shapes, for it does not say them."""
-    return all(
+    return not issubclass(cls, keras.layers.InputLayer) and all(
         getattr(cls, name) is getattr(keras.Layer, name)
         for name in ("compute_output_shape", "compute_output_spec")
     )
