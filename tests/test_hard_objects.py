@@ -567,3 +567,20 @@ def test_many_inputs_are_no_layers_to_run():
     header, frames = serialize_keras(source)
     assert header["encoding"] == "config"
     assert len(deserialize_keras(header, frames).inputs) == 250
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("inner", [keras.optimizers.Adam, keras.optimizers.SGD])
+def test_an_optimizer_in_another_goes_by_config(inner, steps):
+    x, y = np.ones((8, 3), np.float32), np.ones((8, 2), np.float32)
+    source = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
+    source.compile(keras.optimizers.LossScaleOptimizer(inner(0.1), initial_scale=64.0), "mse")
+    for _ in range(steps):
+        source.train_on_batch(x, y)
+    header, frames = serialize_keras(source)
+    assert header["encoding"] == "config"
+    again = deserialize_keras(header, frames)
+    zoo.assert_same(source, again)
+    ours, theirs = (each.train_on_batch(x, y) for each in (source, again))
+    assert ours == theirs
+    zoo.assert_same(source, again)
