@@ -86,14 +86,19 @@ def attribute_lost(value: Any) -> str | None:
         return "config"
     if isinstance(value, keras.Metric) and _shapes(value) != _shapes(twin):
         return "variables"
-    ours: dict[str, Any] = vars(value)
-    theirs: dict[str, Any] = vars(twin)
-    for name in sorted(ours.keys() | theirs.keys()):
-        if name not in theirs and isinstance(ours[name], list) and not ours[name]:
-            continue  # slots that building makes, of which this kind has none
-        if not name.startswith(_PROGRESS) and not _alike(ours.get(name), theirs.get(name), depth=4):
+    for name in sorted(_settings(value, twin)):
+        if not _alike(vars(value).get(name), vars(twin).get(name), depth=4):
             return name
     return None
+
+
+def _settings(value: Any, twin: Any) -> set[str]:
+    """Return the attributes of either that do not say how far it has come."""
+    ours: dict[str, Any] = vars(value)
+    names = {name for name in ours.keys() | vars(twin).keys() if not name.startswith(_PROGRESS)}
+    # slots that building makes, of which this kind has none
+    more = ((name, ours[name]) for name in names - vars(twin).keys())
+    return names - {name for name, slots in more if isinstance(slots, list) and not slots}
 
 
 def _shapes(metric: keras.Metric) -> list[tuple[int, ...]]:
@@ -128,9 +133,8 @@ def _alike(a: Any, b: Any, depth: int) -> bool:
     if isinstance(a, (types.FunctionType, type, str, int, float, complex, bytes, set, frozenset)):
         return bool(a is b or a == b)
     if hasattr(a, "__dict__"):
-        names = vars(a).keys() | vars(b).keys()
-        if isinstance(a, keras.Optimizer):  # another one's
-            names = {name for name in names if not name.startswith(_PROGRESS)}
+        inner = isinstance(a, keras.Optimizer)  # another one's
+        names = _settings(a, b) if inner else vars(a).keys() | vars(b).keys()
         return depth > 0 and all(_alike(vars(a).get(k), vars(b).get(k), depth - 1) for k in names)
     return bool(a == b)
 
