@@ -507,6 +507,7 @@ BY_CONFIG: dict[str, Callable[[], keras.Model]] = {
     "with constraints": lambda: compiled(
         stack(kernel_constraint="max_norm", bias_regularizer="l2", activation="relu")
     ),
+    "trained with loss scaling": loss_scaled,
 }
 BY_VALUE: dict[str, Callable[[], keras.Model]] = {
     "subclassed": subclassed,
@@ -557,7 +558,6 @@ BY_VALUE: dict[str, Callable[[], keras.Model]] = {
     "shapes and dtypes": sees_shapes,
     "strings": lambda: (model := Table(), model(X))[0],
     "trained with LoRA": with_lora,
-    "trained with loss scaling": loss_scaled,
     "trained by closures": by_closures,
     "trained by a step of its own": lambda: trained(Step(lambda x: x * 2)),
     "trained in fewer executions": lambda: compiled_with(Subclassed((4,)), **EXECUTION),
