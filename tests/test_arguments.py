@@ -397,7 +397,7 @@ def test_what_asks_for_too_much_together_goes_by_value(times, metrics, encoding)
     assert len(deserialize_keras(header, frames).layers) == times + 3
 
 
-@pytest.mark.parametrize(("metrics", "thresholds"), [(1, 9000), (30, 7)])
+@pytest.mark.parametrize(("metrics", "thresholds"), [(1, 9000), (40, 7)])
 @pytest.mark.parametrize("trained", [False, True])
 def test_metrics_that_are_not_built(metrics, thresholds, trained):
     """They have variables, which are not the model's yet."""

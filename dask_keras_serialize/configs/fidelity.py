@@ -243,7 +243,8 @@ def _compile_loss(model: keras.Model) -> str | None:
     sent = {id(variable) for variable in model.metrics_variables}
     metrics = (each for each in given if isinstance(each, keras.Metric))
     unsent = [v for metric in metrics for v in metric.variables if id(v) not in sent]
-    if len(unsent) > SPARE or sum(map(_nbytes, unsent)) > LARGE:
+    most = SPARE + len(model.variables), max(LARGE, sum(map(_nbytes, model.variables)))
+    if len(unsent) > most[0] or sum(map(_nbytes, unsent)) > most[1]:
         return "its metrics are large, and not built"
     return None
 

@@ -31,6 +31,7 @@ _VALUES = frozenset(
         "seed", "salt", "value", "values", "mean", "variance", "vocabulary", "bin_boundaries",
         "num_bins", "num_tokens", "mask_token", "mask_value", "oov_token", "scale", "offset",
         "x_min", "x_max", "initial", "posinf", "neginf", "nan", "fill_value", "constant_values",
+        "max_value", "value_range", "default_value",
         "decay_steps", "first_decay_steps", "warmup_steps", "boundaries", "inbound_nodes",
     }
 )  # fmt: skip
