@@ -75,6 +75,8 @@ def layer_loss(layer: keras.Layer) -> str | None:
         # Keras cannot read the empty file of a table without any
         if not int(layer.lookup_table.size()) or getattr(layer, "encoding", "utf-8") != "utf-8":
             return f"{where} has no vocabulary yet, or encodes it in another way than UTF-8"
+    if called := calls.lost(layer):
+        return f"of {where}: {called}"
     lost = _value_lost(layer) or _variable_lost(layer)
     if lost:
         return f"{where} has a value of {lost!r} that its config does not hold"
@@ -188,8 +190,6 @@ def _structure_lost(layer: keras.Layer) -> str | None:
                 return name
             if isinstance(value, (list, dict)):
                 waiting += value.values() if isinstance(value, dict) else value
-    if called := calls.lost(layer):
-        return called
     for _, node in private.nodes(private.function_of(layer)):
         for value in keras.tree.flatten((node.arguments.args, node.arguments.kwargs)):
             if isinstance(value, keras.KerasTensor):
@@ -208,6 +208,8 @@ def model_loss(model: keras.Model) -> str | None:
     for name in ("stop_training", "stop_evaluating", "stop_predicting"):
         if vars(model).get(name) and not model.compiled:
             return f"its {name} is not in its config"
+    if called := calls.lost(model):
+        return called
     lost = _variable_lost(model) or _structure_lost(model)
     if lost or not model.supports_jit:
         return f"its {lost or 'supports_jit'} is not in its config"
