@@ -153,12 +153,7 @@ def looks_up(words):
     return keras.Model(inputs, lookup(inputs))
 
 
-tensorflow_only = pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow", reason="a layer of TensorFlow's"
-)
-
-
-@tensorflow_only
+@zoo.tensorflow_only
 @pytest.mark.parametrize("words", [WORDS, ["an uncommonly long word", *WORDS[1:]]], ids=len)
 def test_honest_vocabularies_arrive(words):
     source = looks_up(words)
@@ -167,7 +162,7 @@ def test_honest_vocabularies_arrive(words):
     assert deserialize_keras(header, frames).layers[-1].get_vocabulary()[1:] == words
 
 
-@tensorflow_only
+@zoo.tensorflow_only
 def test_a_file_of_one_word_that_makes_it_large():
     text = np.frombuffer("\n".join(WORDS).encode(), np.uint8)
     with pytest.raises(DecodeError, match="one word of its vocabulary is too long"):
@@ -336,8 +331,9 @@ LOPSIDED = ["x" * 20_000, *range(10_000)]
         LOPSIDED,
         [LOPSIDED],
         [{"class_name": "__bytes__", "config": {"value": "x" * 20_000}}, *WORDS[1:]],
+        [*LOPSIDED, {"class_name": "__numpy__", "config": {"value": 1, "dtype": "int32"}}],
     ],
-    ids=["numbers", "nested", "bytes"],
+    ids=["numbers", "nested", "bytes", "arrays"],
 )
 @pytest.mark.parametrize("where", ["value", "vocabulary", "whatever"])
 def test_one_word_among_many_values(values, where):

@@ -567,6 +567,10 @@ BY_VALUE: dict[str, Callable[[], keras.Model]] = {
 #: strings are of its backend.
 IN_TENSORFLOW = {"vocabulary", "words", "word counts", "document frequencies", "strings"}
 IN_TENSORFLOW |= {"words in bytes"}
+#: Marks tests of such layers.
+tensorflow_only = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="a layer that Keras makes with TensorFlow alone"
+)
 #: JAX keeps 64 bits in 32, with a warning, unless told otherwise.
 NOT_HERE = {"tensorflow": set[str](), "torch": IN_TENSORFLOW}.get(
     keras.backend.backend(), IN_TENSORFLOW | {"trained under float64"}

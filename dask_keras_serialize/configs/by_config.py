@@ -102,16 +102,14 @@ def dump(model: keras.Model) -> Description | str:
         "history": fidelity.history_of(model),
         "assets": files,
     }
-    json_of_model = text
+    variables = variables_of(model)
+    shapes = (each.shape for each in variables)
+    if arguments.may_be_too_large(text) and (large := arguments.too_large(config, shapes)):
+        return large
     try:
         text = f'{{"model": {text}, {json.dumps(rest)[1:]}'
     except (TypeError, ValueError) as error:
         return f"its config is not plain data: {error}"
-    variables = variables_of(model)
-    if arguments.may_be_too_large(json_of_model):
-        axes = {length for each in variables for length in each.shape}
-        if large := arguments.too_large(config, axes):
-            return large
     if refused := names.refused(text, (each.path for each in variables)):
         return refused
     parts = functools.partial(parts_of, model)

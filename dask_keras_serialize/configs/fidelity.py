@@ -199,12 +199,8 @@ def _shared(model: keras.Model) -> str | None:
 
 def _is_wrapped(layer: keras.Layer, variable: keras.Variable) -> bool:
     """Say whether a variable is that of the layer in a SpectralNormalization, which keeps it."""
-    wrapped = (
-        getattr(layer, "kernel", None)
-        if isinstance(layer, keras.layers.SpectralNormalization)
-        else None
-    )
-    return variable is wrapped
+    wraps = isinstance(layer, keras.layers.SpectralNormalization)
+    return wraps and variable is getattr(layer, "kernel", None)
 
 
 def _compile_loss(model: keras.Model) -> str | None:

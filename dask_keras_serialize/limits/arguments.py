@@ -6,7 +6,7 @@ Those that are looked at here, wherever they stand, and whoever's class takes th
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections.abc import Iterable
 from typing import Any
 
 from dask_keras_serialize.limits import calls, names
@@ -65,16 +65,17 @@ def costly(name: str, inner: object) -> str | None:
     return None
 
 
-def too_large(model: object, axes: Container[int]) -> str | None:
+def too_large(model: object, shapes: Iterable[Iterable[int]]) -> str | None:
     """Say which number in a model's config is larger than what was sent for it.
 
     Parameters
     ----------
     model : dict
         Its config.
-    axes : container of int
-        Lengths of the axes of all variables that were sent.
+    shapes : iterable of tuple of int
+        Of all variables that were sent.
     """
+    axes = {length for shape in shapes for length in shape}
     waiting: list[tuple[str, Any]] = [("", model)]
     while waiting:
         key, value = waiting.pop()
@@ -112,7 +113,7 @@ def _elements(values: list[Any]) -> list[str | bytes]:
     while waiting:
         each = waiting.pop()
         if isinstance(each, dict):
-            if each.get("class_name") not in calls.DATA:
+            if each.get("class_name") not in calls.DATA | calls.NUMBERS:
                 return []
             each = each.get("config")
             waiting += each.values() if isinstance(each, dict) else [each]

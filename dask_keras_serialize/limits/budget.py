@@ -28,8 +28,8 @@ import keras
 
 from dask_keras_serialize import private
 from dask_keras_serialize.errors import DecodeError
-from dask_keras_serialize.limits import calls as making
 from dask_keras_serialize.limits.arguments import MOST_FEATURES
+from dask_keras_serialize.limits.calls import most_read, values_in
 from dask_keras_serialize.rebuilding.hooks import in_this_thread
 from dask_keras_serialize.wire.header import MOST_AXES
 
@@ -68,7 +68,7 @@ def counted(objects: int, owner: str) -> Iterator[None]:
         In the midst of what would make more.
     """
     most, most_calls = MOST + MOST_OF_ONE * objects, MOST_CALLS + MOST_CALLS_OF_ONE * objects
-    most_values, most_traces = making.most_read(objects)
+    most_values, most_traces = most_read(objects)
     made = features = calls = traces = values = depth = 0
     walked: dict[int, tuple[int, Any]] = {}  # by id, for as long as the function lives, and here
 
@@ -142,7 +142,7 @@ def counted(objects: int, owner: str) -> Iterator[None]:
     def walk(original: Any, function: Any, *arguments: Any, **keywords: Any) -> Any:
         nonlocal values
         if id(function) not in walked:
-            walked[id(function)] = making.values_in(function), function
+            walked[id(function)] = values_in(function), function
         values += walked[id(function)][0]
         if values > most_values:
             raise DecodeError(

@@ -110,8 +110,7 @@ def read(text: Any, header: Header) -> Vetted:
             cls = _symbol(node.get("module"), node["class_name"])
             if isinstance(cls, type):
                 skew.leave_out_unused(cls, node["config"])
-    axes = {length for each in header.variables for length in each.shape}
-    if reason := arguments.too_large(config["model"], axes):
+    if reason := arguments.too_large(config["model"], (each.shape for each in header.variables)):
         raise DecodeError(f"{problem}: {reason}{ending}")
     # to look at the user's own may be to import them: when all else may be built
     for node in named:
