@@ -75,8 +75,6 @@ def layer_loss(layer: keras.Layer) -> str | None:
         # Keras cannot read the empty file of a table without any
         if not int(layer.lookup_table.size()) or getattr(layer, "encoding", "utf-8") != "utf-8":
             return f"{where} has no vocabulary yet, or encodes it in another way than UTF-8"
-    if called := calls.lost(layer):
-        return f"of {where}: {called}"
     lost = _value_lost(layer) or _variable_lost(layer)
     if lost:
         return f"{where} has a value of {lost!r} that its config does not hold"

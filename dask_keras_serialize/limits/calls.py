@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
@@ -29,9 +29,6 @@ MOST_READ, OF_A_TENSOR = 3 * 10**6, 12
 #: Values among the arguments of all calls in a model, each time that Keras walks it; more of each
 #: object. Layers that are run for their shapes, in models that are walked for theirs, too.
 MOST_VALUES, MOST_VALUES_OF_ONE, MOST_TRACES = 100_000, 50, 100
-
-#: Models in a model that a sender allows for, as it looks at one after the other.
-_IN_ALL = 10
 
 
 class Calls:
@@ -107,36 +104,26 @@ class Calls:
         return self._known[id(value)]
 
 
-def lost(layer: keras.Layer) -> str | None:
-    """Say for which call a receiver of a model's config will refuse it: its sender asks.
+def lost(model: keras.Model) -> str | None:
+    """Say for which calls a receiver of a model's config will refuse it: its sender asks.
 
     Parameters
     ----------
-    layer : keras.Layer
-        Of which functional and Sequential models are looked at.
+    model : keras.Model
+        Functional and Sequential models at every depth in it are looked at, each once.
     """
-    function = private.function_of(layer)
-    place = {id(each): i for i, each in enumerate(getattr(function, "_operations", ()))}
-    waiting = size = 0
-    for _, node in private.nodes(function):
-        for value in keras.tree.flatten((node.arguments.args, node.arguments.kwargs)):
-            if isinstance(value, keras.KerasTensor):
-                size += OF_A_TENSOR
-            elif callable(value) or hasattr(value, "get_config"):
-                return (
-                    f"{node.operation.name!r} is called on {type(value).__name__}, and may run it"
-                )
-            else:
-                size += math.prod(getattr(value, "shape", ()))  # size is torch's method
-        here = place[id(node.operation)]
-        sources = (each._keras_history.operation for each in node.input_tensors)
-        waiting += any(place.get(id(each), 0) > here for each in sources)
-    known: dict[int, tuple[int, int, int]] = {}
-    _, *spent = _walk(function, known)
-    most = most_read(sum(calls for calls, _, _ in known.values()))
-    if any(2 * n > limit for n, limit in zip(spent, most, strict=True)):
-        return "models in it are called so often that a rebuild would take too long"
-    return _too_often(_IN_ALL * waiting * size)
+    known: dict[int, _Spent] = {}
+    for layer in (model, *private.flatten_layers(model)):
+        spent = _spent(private.function_of(layer), known)
+        if spent.refusal:
+            return spent.refusal
+        most = most_read(sum(each.calls for each in known.values()))
+        # a sender allows for half of what a receiver does
+        if any(2 * n > limit for n, limit in zip((spent.values, spent.run), most, strict=True)):
+            return (
+                f"models in {layer.name!r} are called so often that a rebuild would take too long"
+            )
+    return _too_often(2 * sum(each.read_anew for each in known.values()))
 
 
 def values_in(function: Any) -> int:
@@ -156,22 +143,48 @@ def most_read(objects: int) -> tuple[int, int]:
     return MOST_VALUES + MOST_VALUES_OF_ONE * objects, MOST_TRACES + objects
 
 
-def _walk(function: Any, known: dict[int, tuple[int, int, int]]) -> tuple[int, int, int]:
-    """Return how many calls a function has; what a walk reads, and runs, also in models in it.
+class _Spent(NamedTuple):
+    """What a function's calls, and those in models that it calls, cost who rebuilds it."""
 
-    ``known`` collects the same of each of these, by id.
-    """
-    if id(function) not in known:
-        nodes = [node for _, node in private.nodes(function)]
-        values, traces = values_in(function), 0
-        for operation in (node.operation for node in nodes):
-            inner = private.function_of(operation)
-            if inner is not None and inner is not function:
-                _, read, run = _walk(inner, known)
-                values, traces = values + read, traces + run
-            elif isinstance(operation, keras.Layer):
-                traces += _is_run(type(operation))
-        known[id(function)] = len(nodes), values, traces
+    #: Calls of its own, and values that Keras reads anew for those of them that wait for others.
+    calls: int = 0
+    read_anew: int = 0
+    #: Values that one walk reads, and layers that it runs, those of models that it calls too.
+    values: int = 0
+    run: int = 0
+    #: What it is called on that is neither a tensor nor data.
+    refusal: str | None = None
+
+
+def _spent(function: Any, known: dict[int, _Spent]) -> _Spent:
+    """Return what a function costs; ``known`` collects the same of each that it calls, by id."""
+    if function is None or id(function) in known:
+        return known.get(id(function), _Spent())
+    place = {id(each): i for i, each in enumerate(function._operations)}
+    calls = waiting = size = values = run = 0
+    refusal = None
+    for _, node in private.nodes(function):
+        calls += 1
+        for value in keras.tree.flatten((node.arguments.args, node.arguments.kwargs)):
+            values += 1
+            if isinstance(value, keras.KerasTensor):
+                size += OF_A_TENSOR
+            elif callable(value) or hasattr(value, "get_config"):
+                refusal = refusal or (
+                    f"{node.operation.name!r} is called on {type(value).__name__}, and may run it"
+                )
+            else:
+                size += math.prod(getattr(value, "shape", ()))  # size is torch's method
+        here = place[id(node.operation)]
+        sources = (each._keras_history.operation for each in node.input_tensors)
+        waiting += any(place.get(id(each), 0) > here for each in sources)
+        inner = private.function_of(node.operation)
+        if inner is not None and inner is not function:
+            in_it = _spent(inner, known)
+            values, run, refusal = values + in_it.values, run + in_it.run, refusal or in_it.refusal
+        elif isinstance(node.operation, keras.Layer):
+            run += _is_run(type(node.operation))
+    known[id(function)] = _Spent(calls, waiting * size, values, run, refusal)
     return known[id(function)]
 
 
