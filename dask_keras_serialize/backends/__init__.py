@@ -9,6 +9,8 @@
     Tensor of the backend that owns its memory: one copy of ``array`` at most. A
     writeable array is given away, and may be used in place where that is safe. Where Keras puts
     new variables on another device, the copy is the one to there, out of ``array`` itself.
+``lost(array)``
+    Why that tensor would not hold all of the array's numbers.
 ``on_gpu(variable)``, ``device_frames(variables)``, ``device_tensor(frame, dtype, shape)``
     For Dask's "cuda" family: whether a value lies on a GPU, snapshots that stay there, and a tensor
     made of a frame that arrived there.
@@ -201,6 +203,9 @@ class Backend(Protocol):
 
     def tensor(self, array: Array) -> Any:
         """Turn an array into a tensor."""
+
+    def lost(self, array: Array) -> str | None:
+        """Say why a tensor would not hold an array's numbers."""
 
     def tensor_in(self, array: Array, memory: Array) -> Any:
         """Turn an array into a tensor that shares ``memory``, which it lies in, if it can."""

@@ -126,6 +126,20 @@ def tensor(array: Array) -> jax.Array:
     return jnp.array(array, copy=True)  # device_put may alias what others write to
 
 
+def lost(array: Array) -> str | None:
+    """Say why a tensor made of an array would not hold its numbers.
+
+    Without ``jax_enable_x64`` JAX keeps 64 bits in 32, and says nothing
+    (``jax/_src/dtypes.py``, ``canonicalize_dtype``).
+    """
+    kept = jax.dtypes.canonicalize_dtype(array.dtype)
+    if kept == array.dtype:
+        return None
+    with np.errstate(over="ignore"):
+        same = np.array_equal(array.astype(kept).astype(array.dtype), array, equal_nan=True)
+    return None if same else f"JAX keeps them in {kept}; set JAX_ENABLE_X64=1 there"
+
+
 def tensor_in(array: Array, memory: Array) -> jax.Array:
     """Turn an array into a tensor: nobody can write to one, so none has to share memory."""
     return tensor(array)

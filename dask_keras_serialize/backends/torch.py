@@ -172,6 +172,11 @@ def _on_host(array: Array) -> torch.Tensor:
     return tensor_on(array if array.flags.writeable else array.copy())  # training writes to it
 
 
+def lost(array: Array) -> str | None:
+    """Return None: a tensor holds an array's numbers."""
+    return None
+
+
 def tensor_in(array: Array, memory: Array) -> torch.Tensor:
     """Turn an array into a tensor; others in the same memory share it with this one.
 

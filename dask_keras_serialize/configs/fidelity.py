@@ -24,7 +24,7 @@ from dask_keras_serialize.configs.likeness import (
     attribute_lost,
     keras_finds,
 )
-from dask_keras_serialize.limits import arguments, operations, vetting
+from dask_keras_serialize.limits import arguments, kinds, operations, vetting
 from dask_keras_serialize.limits.arguments import SPARE
 from dask_keras_serialize.rebuilding.aside import aside
 from dask_keras_serialize.wire.frames import LARGE
@@ -108,8 +108,9 @@ def _only_keras(text: str) -> bool:
     """
     ours, own_names = (sum(1 for _ in each.finditer(text)) for each in (_OF_KERAS, _OWN_NAMES))
     named, registered = (text.count(f'"{key}": ') for key in ("class_name", "registered_name"))
-    asks_much = _NUMBERED.search(text) is not None or OPERATIONS in text
-    return 0 < named == ours and registered == own_names and not asks_much
+    if not 0 < named == ours or registered != own_names or OPERATIONS in text:
+        return False
+    return _NUMBERED.search(text) is None and not kinds.may_be_unlike(text)
 
 
 _OF_KERAS = re.compile(
@@ -157,11 +158,11 @@ def _foreign(config: Any, asked: float = 0) -> str | None:
                 if much := arguments.costly(str(name), node["config"]):
                     return much
                 asked += arguments.asked(node["config"])
-                if operations.is_operation(node):
-                    if unlike := vetting.not_of_operations(node["module"], name, node["config"]):
-                        return unlike
-                    if "name" not in node["config"]:
-                        return f"the name of {name} is not in its config"
+                keras_class = name != "function" and vetting.of_keras(node.get("module"))
+                if keras_class and (unlike := vetting.unlike_keras(node)):
+                    return unlike
+                if operations.is_operation(node) and "name" not in node["config"]:
+                    return f"the name of {name} is not in its config"
             node = node.values()
         waiting += [each for each in node if isinstance(each, (dict, list, tuple))]
     return arguments.too_much(asked)

@@ -173,22 +173,22 @@ def _value_lost(layer: keras.Layer) -> str | None:
 def _structure_lost(layer: keras.Layer) -> str | None:
     """Name what of a functional model's nest holds tuples, which a config makes lists.
 
-    Or that it is called on a number of NumPy's, which a config makes one of Python's: that takes
-    the dtype of what it is added to. Or on an array without numbers, whose shape a list does not
-    tell. Or that a Sequential is built but for its layers, as ``add(rebuild=False)`` leaves it.
+    Or dicts that are none there, or have other keys: Keras finds inputs and outputs by their
+    order, and sorts a dict's (``keras.tree``). Or that it is called on a number of NumPy's, which
+    a config makes one of Python's: that takes the dtype of what it is added to. Or on an array
+    without numbers, whose shape a list does not tell. Or that a Sequential is built but for its
+    layers, as ``add(rebuild=False)`` leaves it.
     """
     is_built = isinstance(layer, keras.Sequential) and layer.built
     if is_built and not all(each.built for each in layer.layers):
         return "layer that was never built"
     for name in ("_inputs_struct", "_outputs_struct"):
-        waiting = [vars(layer).get(name)]
-        while waiting:
-            value = waiting.pop()
-            if isinstance(value, tuple):
-                return name
-            if isinstance(value, (list, dict)):
-                waiting += value.values() if isinstance(value, dict) else value
+        if not _is_of_json(vars(layer).get(name), sequences=(list,)):
+            return name
     for _, node in private.nodes(private.function_of(layer)):
+        # Keras itself reads a call's tuples as lists
+        if not _is_of_json([*node.arguments.args, node.arguments.kwargs], sequences=(list, tuple)):
+            return "dict that it is called on"
         for value in keras.tree.flatten((node.arguments.args, node.arguments.kwargs)):
             if isinstance(value, keras.KerasTensor):
                 continue
@@ -197,6 +197,22 @@ def _structure_lost(layer: keras.Layer) -> str | None:
             if 0 in tuple(getattr(value, "shape", ()))[:-1]:
                 return "empty array"
     return None
+
+
+def _is_of_json(nest: Any, sequences: tuple[type, ...]) -> bool:
+    """Say whether JSON keeps what lists and dicts, one in the other, are, and their order."""
+    waiting = [nest]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            if type(value) is not dict or not all(isinstance(key, str) for key in value):
+                return False
+            waiting += value.values()
+        elif isinstance(value, (list, tuple)):
+            if not isinstance(value, sequences):
+                return False
+            waiting += value
+    return True
 
 
 def model_loss(model: keras.Model) -> str | None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from dask_keras_serialize.limits import calls, names
+from dask_keras_serialize.limits import names
 
 #: Arguments that are data, or where to read it: a path, which would be this machine's.
 _FILES = ("vocabulary", "idf_weights")
@@ -20,7 +20,10 @@ COUNTS = (
     "power_iterations",
 )
 
-#: The same, of the metrics named IoU, which list all classes; an operation may have more of them.
+#: What lookups repeat as often as ``num_oov_indices`` says; letters of it.
+_REPEATED, MOST_LETTERS = ("oov_token", "mask_token"), 1000
+
+#: One more of COUNTS, of the metrics named IoU, which list all classes; an operation may have more.
 CLASSES = "num_classes"
 
 #: Whole numbers say how large something is, but for those of these arguments, which are values. No
@@ -52,13 +55,18 @@ def costly(name: str, inner: object) -> str | None:
     """Say which argument of a class asks for more than there is, and how."""
     if not isinstance(inner, dict):
         return None
-    if inner.get("stateful") is True:
+    if inner.get("stateful"):
         return f"{name} has states as large as its batch"
+    if inner.get("output_mode") == "tf_idf":
+        return f"{name} has weights of documents, for as many words as it says, in no config"
     for key, value in inner.items():
         if key in _FILES and isinstance(value, str):
             return f"{key} of {name} is a file of another machine"
-        if isinstance(value, list) and names.lopsided(_elements(value)):
+        if isinstance(value, list) and names.lopsided(names.elements(value)):
             return f"one word in the {key} of {name} is too long"
+    for key in _REPEATED:
+        if isinstance(inner.get(key), str) and len(inner[key]) > MOST_LETTERS:
+            return f"the {key} of {name} is too long"
     for key in (*COUNTS, CLASSES) if name.endswith("IoU") else COUNTS:
         if isinstance(inner.get(key), int | float) and inner[key] > MOST_TENSORS:
             return f"{key} of {name} asks for {inner[key]} at once"
@@ -75,7 +83,7 @@ def too_large(model: object, shapes: Iterable[Iterable[int]]) -> str | None:
     shapes : iterable of tuple of int
         Of all variables that were sent.
     """
-    axes = {length for shape in shapes for length in shape}
+    axes = {length for shape in map(tuple, shapes) if 0 not in shape for length in shape}
     waiting: list[tuple[str, Any]] = [("", model)]
     while waiting:
         key, value = waiting.pop()
@@ -104,21 +112,3 @@ def asked(inner: object) -> float:
     """Return how many tensors, thresholds and so on an object's arguments ask for together."""
     given = [inner.get(key) for key in COUNTS] if isinstance(inner, dict) else []
     return sum(each for each in given if isinstance(each, int | float) and 0 < each <= MOST_TENSORS)
-
-
-def _elements(values: list[Any]) -> list[str | bytes]:
-    """Return what NumPy's array of nested lists would hold, as text; of no other objects."""
-    elements: list[str | bytes] = []
-    waiting = list(values)
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, dict):
-            if each.get("class_name") not in calls.DATA | calls.NUMBERS:
-                return []
-            each = each.get("config")
-            waiting += each.values() if isinstance(each, dict) else [each]
-        elif isinstance(each, list):
-            waiting += each
-        else:
-            elements.append(each if isinstance(each, str) else "")
-    return elements

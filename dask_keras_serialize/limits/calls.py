@@ -16,12 +16,8 @@ from typing import Any, NamedTuple
 import keras
 
 from dask_keras_serialize import private
-
-#: What Keras finds by ``class_name`` that is no class, and builds nothing but data.
-DATA = frozenset({"__keras_tensor__", "__bytes__", "__ellipsis__", "__slice__"})
-
-#: The same, of numbers, whose dtype may ask for more memory than they have.
-NUMBERS = frozenset({"__tensor__", "__numpy__"})
+from dask_keras_serialize.limits import names
+from dask_keras_serialize.limits.kinds import DATA, NUMBERS
 
 #: Values that Keras may read in calls that have to wait: five seconds; and those in a tensor.
 MOST_READ, OF_A_TENSOR = 3 * 10**6, 12
@@ -35,7 +31,7 @@ class Calls:
     """The calls in one config, whose parts are each looked at once, in whatever else they are."""
 
     def __init__(self) -> None:
-        #: By id of a part: whether a tensor is in it, and what object that is more than data.
+        #: By id of a part: whether a tensor is in it, and what in it no layer is called on.
         self._known: dict[int, tuple[bool, str | None]] = {}
         self._read = 0
         #: How many calls there are, of objects that were looked at.
@@ -61,7 +57,7 @@ class Calls:
         if not isinstance(calls, list) or not all(has_tensor for has_tensor, _ in found):
             return f"{name!r} is called without a tensor of the model's"
         other = next((each for _, each in found if each), None)
-        return f"{name!r} is called on {other[:60]!r}, which it may run" if other else None
+        return f"{name!r} is called on {other}" if other else None
 
     def read_too_often(self, inner: object) -> str | None:
         """Say that functional models' layers are called in an order that takes Keras too long.
@@ -82,7 +78,7 @@ class Calls:
         return _too_often(self._read)
 
     def _look_at(self, value: Any) -> tuple[bool, str | None]:
-        """Say whether Keras finds a tensor there that it made, and name what is no data."""
+        """Say whether Keras finds a tensor there that it made, and what there is no data."""
         if not isinstance(value, (dict, list)):
             return False, None
         if id(value) not in self._known:
@@ -96,8 +92,10 @@ class Calls:
                 parts = value.values() if isinstance(value, dict) else value
                 inside = [self._look_at(each) for each in parts if isinstance(each, (dict, list))]
                 other = next((each for _, each in inside if each), None)
+                if isinstance(value, list) and names.lopsided(names.elements(value)):
+                    other = "a list with one word that is too long"
                 if "class_name" in as_dict:  # of which Keras makes something else
-                    found = False, other if name in DATA else name
+                    found = False, other if name in DATA else f"{name[:60]!r}, which it may run"
                 else:
                     found = any(has_tensor for has_tensor, _ in inside), other
             self._known[id(value)] = found

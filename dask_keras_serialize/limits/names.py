@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dask_keras_serialize.limits import nests
+from dask_keras_serialize.limits.kinds import DATA, NUMBERS
 
 #: Arguments, lists or the keys of a dict, that Keras takes for regular expressions; groups that are
 #: repeated, have extensions or are referred to, which make some of them take for ever; and what
@@ -123,6 +124,24 @@ def lopsided(words: Sequence[str | bytes]) -> bool:
     longest = max(map(len, words), default=0)
     padded, letters = longest * len(words), sum(map(len, words))
     return padded > MOST_PADDED and padded > MOST_PADDING * letters
+
+
+def elements(values: list[Any]) -> list[str | bytes]:
+    """Return what NumPy's array of nested lists would hold, as text; of no other objects."""
+    elements: list[str | bytes] = []
+    waiting = list(values)
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            if each.get("class_name") not in DATA | NUMBERS:
+                return []
+            each = each.get("config")
+            waiting += each.values() if isinstance(each, dict) else [each]
+        elif isinstance(each, list):
+            waiting += each
+        else:
+            elements.append(each if isinstance(each, str) else "")
+    return elements
 
 
 def twice(inner: object) -> str | None:

@@ -29,8 +29,8 @@ from dask_keras_serialize.configs.layerwise import (
 )
 from dask_keras_serialize.configs.likeness import functions_named
 from dask_keras_serialize.errors import DecodeError
-from dask_keras_serialize.limits import arguments, calls, names, operations
-from dask_keras_serialize.limits.calls import DATA, NUMBERS
+from dask_keras_serialize.limits import arguments, calls, kinds, names, operations
+from dask_keras_serialize.limits.kinds import DATA, NUMBERS
 from dask_keras_serialize.wire.header import FORMAT, ITEMSIZE, Header
 
 #: Where in arguments strings are no names of classes: Keras looks none of them up.
@@ -169,8 +169,8 @@ def _refusal(node: dict[str, Any], called: calls.Calls) -> str | None:
     if reason or is_listed(module):
         return reason
     cls = _symbol(module, name)
-    kinds = (*_KINDS, keras.dtype_policies.DTypePolicyMap)
-    if not isinstance(cls, type) or not issubclass(cls, kinds) or not of_keras(cls.__module__):
+    bases = (*_KINDS, keras.dtype_policies.DTypePolicyMap)
+    if not isinstance(cls, type) or not issubclass(cls, bases) or not of_keras(cls.__module__):
         return (
             f"{name!r} of {module!r} is not a class of Keras's own, nor of a module that the "
             f"setting {FORMAT}.modules lists"
@@ -181,18 +181,19 @@ def _refusal(node: dict[str, Any], called: calls.Calls) -> str | None:
         return f"{name} holds code"
     if issubclass(cls, _RUN_FOR_SHAPES) or cls.__name__ in ABSTRACT:
         return f"{name} would be run for its shapes"
-    if reason := not_of_operations(module, name, inner):
+    if reason := unlike_keras(node):
         return reason
     if issubclass(cls, keras.Model) and cls not in model_classes():
         return f"{name} is a subclass of Model"
     return _is_no_map(inner) if cls is keras.dtype_policies.DTypePolicyMap else None
 
 
-def not_of_operations(module: object, name: str, inner: object) -> str | None:
-    """Say why one of ``keras.ops`` is not made from such a config; its sender asks, too."""
-    cls = _operation(module, name)
+def unlike_keras(node: dict[str, Any]) -> str | None:
+    """Say why a class of Keras's own is not made from such a config; its sender asks, too."""
+    name, inner = node["class_name"], node["config"]
+    cls = _operation(node.get("module"), name)
     if cls is None:
-        return None
+        return kinds.unlike(name, inner, node.get("build_config"))
     if cls.__name__ in RUN_THEIR_ARGUMENTS:
         return f"{name} would be run for its shapes"
     if cls.__name__ in UNREADABLE:

@@ -103,7 +103,13 @@ class Values:
         if isinstance(frame, DeviceFrame) and as_it_lies:
             tensor = self.backend.device_tensor(frame, numpy_dtype(entry.dtype), entry.shape)
         if tensor is None:
-            tensor = self.backend.tensor(self.array(index))
+            array = self.array(index)
+            tensor = self.backend.tensor(array)
+            if entry.dtype != STRING and (lost := self.backend.lost(array)):
+                raise DecodeError(
+                    f"{self.header.owner}: variable {entry.path!r} holds numbers of {entry.dtype} "
+                    f"that this process has not: {lost}"
+                )
         placement = self._placements.get(index)
         if placement is None or self.header.backend != keras.backend.backend():
             return tensor
