@@ -95,7 +95,7 @@ def test_one_word_among_what_a_layer_is_called_on(indices):
     calls = [call(tensor("input_layer", shape=(None, 3)), indices)]
     node = at(node, *calls)
     header, frames = with_more_layers(node)
-    refused_in_little_memory(header, frames, "'Take' is called on a list with one word")
+    refused_in_little_memory(header, frames, "'Take' is called on a text of more than 200")
 
 
 def heads(make):

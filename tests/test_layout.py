@@ -68,6 +68,7 @@ FLOORS = [
     {"cluster.verdict", "cluster.presence", "wire.sides"},
     {
         "wire.header",
+        "limits.kinds",
         "limits.nests",
         "wire.strings",
         "cluster.meters",

@@ -920,10 +920,10 @@ def in_a_policy(node):
     ids=lambda node: str(node)[:70],
 )
 def test_a_policy_is_a_policy(node):
-    refused(*in_a_policy(node), "no dtype policy|no map of dtype policies")
+    refused(*in_a_policy(node), "no dtype policy|no map of dtype policies|policy_map.*is no list")
     own = layer("Dense", units=2, name="dense")
     own["config"]["dtype"] = layer("DTypePolicyMap", "keras.dtype_policies", policy_map={"x": node})
-    refused(*with_layer(own), "no dtype policy|no map of dtype policies")
+    refused(*with_layer(own), "no dtype policy|no map of dtype policies|policy_map.*is no list")
 
 
 @pytest.mark.parametrize(

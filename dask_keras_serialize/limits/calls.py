@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 import keras
 
 from dask_keras_serialize import private
-from dask_keras_serialize.limits import names
 from dask_keras_serialize.limits.kinds import DATA, NUMBERS
 
 #: Values that Keras may read in calls that have to wait: five seconds; and those in a tensor.
 MOST_READ, OF_A_TENSOR = 3 * 10**6, 12
+
+#: Letters of a text that a layer is called on.
+MOST_LETTERS = 200
 
 #: Values among the arguments of all calls in a model, each time that Keras walks it; more of each
 #: object. Layers that are run for their shapes, in models that are walked for theirs, too.
@@ -80,7 +82,7 @@ class Calls:
     def _look_at(self, value: Any) -> tuple[bool, str | None]:
         """Say whether Keras finds a tensor there that it made, and what there is no data."""
         if not isinstance(value, (dict, list)):
-            return False, None
+            return False, _too_long(value)
         if id(value) not in self._known:
             as_dict = value if isinstance(value, dict) else {}
             name = str(as_dict.get("class_name", ""))
@@ -90,10 +92,8 @@ class Calls:
                 found = False, None
             else:
                 parts = value.values() if isinstance(value, dict) else value
-                inside = [self._look_at(each) for each in parts if isinstance(each, (dict, list))]
+                inside = [self._look_at(each) for each in parts]
                 other = next((each for _, each in inside if each), None)
-                if isinstance(value, list) and names.lopsided(names.elements(value)):
-                    other = "a list with one word that is too long"
                 if "class_name" in as_dict:  # of which Keras makes something else
                     found = False, other if name in DATA else f"{name[:60]!r}, which it may run"
                 else:
@@ -122,6 +122,15 @@ def lost(model: keras.Model) -> str | None:
                 f"models in {layer.name!r} are called so often that a rebuild would take too long"
             )
     return _too_often(2 * sum(each.read_anew for each in known.values()))
+
+
+def _too_long(value: Any) -> str | None:
+    """Say that data is a text so long that Keras makes much of it (``Take`` in ``keras.ops``).
+
+    In a list with numbers, NumPy's array has its length for each of them.
+    """
+    too_long = isinstance(value, str) and len(value) > MOST_LETTERS
+    return f"a text of more than {MOST_LETTERS} letters" if too_long else None
 
 
 def values_in(function: Any) -> int:
@@ -171,6 +180,8 @@ def _spent(function: Any, known: dict[int, _Spent]) -> _Spent:
                 refusal = refusal or (
                     f"{node.operation.name!r} is called on {type(value).__name__}, and may run it"
                 )
+            elif too_long := _too_long(value):
+                refusal = refusal or f"{node.operation.name!r} is called on {too_long}"
             else:
                 size += math.prod(getattr(value, "shape", ()))  # size is torch's method
         here = place[id(node.operation)]

@@ -125,8 +125,8 @@ def _are_plain(values: list[Any], *, text: bool) -> bool:
 
 def _is_object(key: str, value: dict[str, Any]) -> bool:
     """Say whether it is one that is looked at by itself; or data, in place of a list."""
-    name = value.get("class_name")
-    if name is None or "config" not in value:
+    name = str(value.get("class_name", ""))
+    if not name or "config" not in value:
         return False
     return key in LISTS | _OF_TEXT if name in NUMBERS else name not in DATA
 

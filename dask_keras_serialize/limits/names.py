@@ -133,7 +133,7 @@ def elements(values: list[Any]) -> list[str | bytes]:
     while waiting:
         each = waiting.pop()
         if isinstance(each, dict):
-            if each.get("class_name") not in DATA | NUMBERS:
+            if str(each.get("class_name")) not in DATA | NUMBERS:
                 return []
             each = each.get("config")
             waiting += each.values() if isinstance(each, dict) else [each]
