@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -138,3 +140,29 @@ def test_a_placement_that_is_none(placement):
     body = header["body"] | {"placements": [[0, placement]]}
     with pytest.raises(DecodeError, match="cannot be placed as"):
         deserialize_keras(header | {"body": body}, frames)
+
+
+@pytest.mark.parametrize("by_value", [True, False])
+def test_numbers_of_64_bits_are_not_cut(tmp_path, by_value):
+    """A process with jax_enable_x64 sends them to this one, without it."""
+    path = tmp_path / "model.pkl"
+    program = f"""
+import pickle, keras, dask_keras_serialize
+keras.config.set_floatx("float64")
+model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, kernel_initializer=VALUE)])
+with open({str(path)!r}, "wb") as file:
+    pickle.dump(model.layers[0] if {by_value} else model, file)
+"""
+    for value, held in (("keras.initializers.Constant(1 / 3)", False), ("'ones'", True)):
+        subprocess.run(
+            [sys.executable, "-c", program.replace("VALUE", value)],
+            env=os.environ | {"JAX_ENABLE_X64": "1"},
+            check=True,
+            timeout=120,
+        )
+        if held:
+            again = pickle.loads(path.read_bytes())
+            assert np.array_equal(again.variables[0].value, np.ones((2, 1)))
+        else:
+            with pytest.raises(DecodeError, match=r"kernel.*numbers of float64.*JAX_ENABLE_X64=1"):
+                pickle.loads(path.read_bytes())
