@@ -51,7 +51,7 @@ def test_what_arrives_is_the_same_model(name):
 def test_whose_classes_a_config_names_is_read_off_its_text():
     """Keras's own at once; what only looks so is looked at one by one."""
     config = keras.saving.serialize_keras_object(zoo.build("sequential"))
-    text = json.dumps(config)
+    text = json.dumps({key: value for key, value in config.items() if key != "compile_config"})
     assert fidelity._only_keras(text)
     assert fidelity._only_keras(text.replace('"name": "', '"name": "\\"class_name\\": \\"X'))
     for theirs in (

@@ -235,7 +235,7 @@ def test_errors_name_what_differs_at_both_sides(name, what):
     header["versions"] = header["versions"] | {what: f"{here}.77"}
     if header["encoding"] == "config":
         config = json.loads(header["body"]["config"])
-        config["model"]["config"]["layers"][-1]["config"]["units"] = "many"
+        config["model"]["config"]["layers"][-1]["config"]["units"] = -3
         header["body"] = header["body"] | {"config": json.dumps(config)}
     else:
         frames = [bytes(frame).replace(b"Subclassed", b"Subclasses") for frame in frames]
@@ -251,7 +251,7 @@ def test_errors_name_what_differs_at_both_sides(name, what):
 def test_errors_of_the_same_versions_say_so():
     header, frames = serialize_keras(zoo.build("trained"))
     config = json.loads(header["body"]["config"])
-    config["model"]["config"]["layers"][-1]["config"]["units"] = "many"
+    config["model"]["config"]["layers"][-1]["config"]["units"] = -3
     with pytest.raises(DecodeError, match=rf"both sides run .*{FORMAT} .*: report it"):
         deserialize_keras(
             header | {"body": header["body"] | {"config": json.dumps(config)}}, frames

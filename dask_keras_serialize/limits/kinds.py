@@ -59,7 +59,7 @@ _DICTS = frozenset({"axes", "features", "optimizer_map", "policy_map"})
 
 #: In a config as JSON: what is text, a list, a list of text, a dict that is no object; each by what
 #: it may be an argument of, and what stands around arguments.
-_WRITTEN = re.compile(r'"(\w+)": ("|\["?|\{(?!"module"))')
+_WRITTEN = re.compile(r'"(\w+)": ("|\["?|\{(?!"module"|\}))')
 _KNOWN: dict[str, frozenset[str]] = {
     '"': TEXT | {"module", "class_name", "registered_name", "config"},
     "[": LISTS
