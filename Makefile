@@ -14,7 +14,8 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 FUZZ_SECONDS ?= 300
 SOAK_SECONDS ?= 600
-MARKS ?= not slow and not programs and not faults and not gpu
+ALL := not slow and not programs and not faults and not gpu
+MARKS ?= $(ALL) and not more
 # files of tests run side by side: much of the time goes into processes that start; 0 for one by one
 TEST_PROCESSES ?= 2
 # a hang ends here; on a quiet machine the tests take well under twelve minutes
@@ -44,7 +45,7 @@ GPU_VENV := $(VENV)-gpu-$(KERAS_BACKEND)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo examples test test-jax test-torch test-together test-dask-ml test-gpu \
+.PHONY: help install demo examples test test-more test-jax test-torch test-together test-dask-ml test-gpu \
   test-programs test-versions test-faults test-long fuzz soak lint format bench bench-all fidelity build clean
 
 help: ## say what each target does
@@ -72,17 +73,20 @@ examples: $(INSTALLED) ## run all examples but the notebook, three minutes; pict
 	  else echo "== $$script" && $(BIN)/python $$script || exit 1; fi; \
 	done
 
-test: $(INSTALLED) ## run the tests, but for those of whole programs and the slow ones
+test: $(INSTALLED) ## run the tests that take minutes together: of everything, on what is typical
 	$(BIN)/python -m pytest -m "$(MARKS)" -n $(TEST_PROCESSES) --dist loadfile --session-timeout=$(TEST_SECONDS) $(PYTEST_ARGS)
+
+test-more: ## run what `make test` leaves out of what the other backends' targets run: ten minutes
+	$(MAKE) test MARKS="more and $(ALL)"
 
 # most of the time goes into compiling the same for one more process
 test-jax: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/build/jax
 test-jax: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 test-jax: ## run the tests on JAX, in an environment of its own
-	$(MAKE) test BACKEND_EXTRA=jax VENV=$(VENV)-jax KERAS_BACKEND=jax MARKS="$(MARKS) and not once"
+	$(MAKE) test BACKEND_EXTRA=jax VENV=$(VENV)-jax KERAS_BACKEND=jax MARKS="$(ALL) and not once"
 
 test-torch: ## run the tests on PyTorch, in an environment of its own
-	$(MAKE) test BACKEND_EXTRA=torch VENV=$(VENV)-torch KERAS_BACKEND=torch MARKS="$(MARKS) and not once"
+	$(MAKE) test BACKEND_EXTRA=torch VENV=$(VENV)-torch KERAS_BACKEND=torch MARKS="$(ALL) and not once"
 
 test-together: ## run the tests of changing backend, in an environment with all backends and KerasHub
 	$(MAKE) test BACKEND_EXTRA=together VENV=$(VENV)-together KERAS_BACKEND=jax \
@@ -103,9 +107,9 @@ test-versions: ## the tests on the oldest versions of all that setup.cfg allows,
 	$(MAKE) install $(OLDEST)
 	$(MAKE) install $(NEWEST)
 	for backend in $(VERSIONS_BACKENDS); do \
-	  $(MAKE) test $(OLDEST) KERAS_BACKEND=$$backend PYTEST_ARGS="-W default $(PYTEST_ARGS)" \
+	  $(MAKE) test $(OLDEST) MARKS="$(ALL)" KERAS_BACKEND=$$backend PYTEST_ARGS="-W default $(PYTEST_ARGS)" \
 	    OTHER_PYTHON=$(VENV)-newest/bin/python || exit 1; \
-	  $(MAKE) test $(NEWEST) KERAS_BACKEND=$$backend OTHER_PYTHON=$(VENV)-oldest/bin/python || exit 1; \
+	  $(MAKE) test $(NEWEST) MARKS="$(ALL)" KERAS_BACKEND=$$backend OTHER_PYTHON=$(VENV)-oldest/bin/python || exit 1; \
 	done
 
 # the processes of these tests share a GPU: none may take most of it at once

@@ -195,6 +195,7 @@ def what_compiles():
                     yield module, place, name, argument
 
 
+@pytest.mark.more
 @pytest.mark.once
 def test_nothing_that_compiles_takes_memory_for_a_number():
     header, frames = serialize_keras(compiled(loss="mse", metrics=["mae"]))

@@ -160,6 +160,7 @@ def test_layers_that_are_called_in_turn(monkeypatch):
     zoo.assert_same(source, deserialize_keras(header, frames))
 
 
+@pytest.mark.more
 @pytest.mark.once
 def test_orders_of_calls_cost_real_models_nothing():
     for build in (keras.applications.ResNet50, keras.applications.DenseNet121):

@@ -57,6 +57,7 @@ def assert_arrives(name, route):
     assert use(citizen, original) == use(citizen, replica)
 
 
+@pytest.mark.more
 @pytest.mark.once
 @pytest.mark.parametrize("name", CITIZENS)
 def test_pickle(name):
@@ -76,6 +77,7 @@ def test_all_by_every_route(name, route):
     assert_arrives(name, route)
 
 
+@pytest.mark.more
 def test_layers_in_models():
     """By themselves they go by value; in a model most go by its config."""
     encodings = Counter()

@@ -74,6 +74,7 @@ def test_a_cluster_that_is_right(client, address):
     assert keys_left(client) == []
 
 
+@pytest.mark.more
 @pytest.mark.cluster
 def test_for_programs(address, tmp_path):
     file = tmp_path / "scheduler.json"

@@ -441,6 +441,7 @@ def counted():
     return dict(counts)
 
 
+@pytest.mark.more
 @pytest.mark.once
 @pytest.mark.cluster
 def test_workers_pass_estimators_on():

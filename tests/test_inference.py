@@ -358,6 +358,7 @@ def test_what_is_wrong_with_data_is_said_by_its_task():
         predict(flat, da.from_array(X, chunks=(SIZES, 64))).compute()
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("registered", [True, False])
 def test_threads_share_a_replica(registered):
     """From its first batch on, of shapes that none has traced."""
@@ -375,6 +376,7 @@ def test_threads_share_a_replica(registered):
     np.testing.assert_array_equal(found, by_chunks(alike, rows, sizes, 16)[0])
 
 
+@pytest.mark.more
 @pytest.mark.once
 def test_processes_of_dask_s_own():
     model = classifier()

@@ -157,6 +157,7 @@ def test_threads_that_take_turns_all_the_time():
     assert not leaks.locks_held()
 
 
+@pytest.mark.more
 @pytest.mark.once
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_ctrl_c_at_any_moment_of_rebuilds():

@@ -249,6 +249,7 @@ assert "scikeras" in pickle.dumps(pipeline[-1].model_).decode("latin1")
 """
 
 
+@pytest.mark.more
 @pytest.mark.once
 @pytest.mark.parametrize("order", ["first", "last"])
 def test_scikeras_in_either_order(order, tmp_path):

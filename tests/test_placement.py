@@ -261,6 +261,7 @@ def placed(dask_worker):
     return plugin.device, plugin.threads, keras.config.dtype_policy().name, visible
 
 
+@pytest.mark.more
 @pytest.mark.once
 @pytest.mark.cluster
 def test_a_worker_takes_it_from_its_command_line_and_from_the_config(processes, tmp_path):

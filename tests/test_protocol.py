@@ -36,7 +36,7 @@ def round_trip(model):
     return decode(Header.from_wire(wire), [bytearray(part) for part in parts])
 
 
-@pytest.mark.parametrize("name", zoo.ALL)
+@pytest.mark.parametrize("name", zoo.some(zoo.ALL, others=pytest.mark.more))
 def test_what_arrives_is_the_same_model(name):
     model = zoo.build(name)
     assert encode(model)[0].encoding == ("config" if name in zoo.BY_CONFIG else "value")
@@ -66,6 +66,7 @@ def test_whose_classes_a_config_names_is_read_off_its_text():
         assert not fidelity._only_keras(theirs)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("name", zoo.some(name for name in zoo.ALL if "trained" in name))
 def test_training_goes_on_to_the_bit(name):
     model = zoo.build(name)
@@ -271,6 +272,7 @@ def test_a_model_in_training_is_sent_whole(name):
     assert steps == sorted(steps)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("name", ["trained", "trained subclassed"])
 @pytest.mark.parametrize("send", [round_trip, copy.deepcopy], ids=["encode", "deepcopy"])
 def test_a_callback_may_send_the_model_between_epochs(name, send):

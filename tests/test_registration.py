@@ -174,6 +174,7 @@ assert holds_keras([keras.Model()])
 """
 
 
+@pytest.mark.more
 @pytest.mark.once
 def test_an_event_loop_does_not_wait_for_the_import_of_keras():
     """Or it may get half of a module, or the thread that imports Keras may."""

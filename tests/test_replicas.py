@@ -36,6 +36,7 @@ def spoil(model):
             variable.assign(keras.ops.cast(keras.ops.ones(variable.shape), variable.dtype))
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("name", zoo.some(zoo.ALL))
 def test_a_replica_that_is_filled_again_is_the_same_model(name):
     model = zoo.build(name)

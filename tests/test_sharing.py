@@ -87,6 +87,7 @@ def test_models_that_share_layers_and_tensors(send, custom):
     np.testing.assert_array_equal(third.predict(zoo.X, verbose=0), whole.predict(zoo.X, verbose=0))
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("name", ["trained", "trained subclassed"])
 @pytest.mark.parametrize("last", [False, True], ids=["model first", "model last"])
 def test_a_model_and_its_parts(send, name, last):
@@ -176,6 +177,7 @@ def test_what_changes_while_it_is_pickled_is_refused():
     zoo.assert_same(model, pickle.loads(pickle.dumps([optimizer, model]))[1])
 
 
+@pytest.mark.more
 @pytest.mark.once
 def test_many_objects_do_not_cost_their_square():
     """Parts are looked up, not searched; a thousand layers take a few seconds at most."""

@@ -593,11 +593,13 @@ TYPICAL = {
 }  # fmt: skip
 
 
-def some(names: Iterable[str], typical: Collection[str] = TYPICAL) -> list[Any]:
-    """Return parameters for a test: the typical ones, and all others where slow tests are run."""
-    return [
-        name if name in typical else pytest.param(name, marks=pytest.mark.slow) for name in names
-    ]
+def some(
+    names: Iterable[str],
+    typical: Collection[str] = TYPICAL,
+    others: pytest.MarkDecorator = pytest.mark.slow,
+) -> list[Any]:
+    """Return parameters for a test: the typical ones, and all others where their mark is run."""
+    return [name if name in typical else pytest.param(name, marks=others) for name in names]
 
 
 #: What a trained model's targets are, but for the usual.
