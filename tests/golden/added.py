@@ -16,6 +16,9 @@ import numpy as np
 from dask_keras_serialize.values import by_value
 from dask_keras_serialize.values.states import ITEMS, Custom, attributes_of
 
+#: Says which attributes TensorFlow wrapped: Keras's versions differ in which they have.
+BY_VERSION = ("wrapped by tensorflow",)
+
 
 class Id(NamedTuple):
     """What names an object in a pickle."""
@@ -60,6 +63,14 @@ def to(obj: Any) -> dict[str, Any]:
         "marks": sorted(map(list, marks)),
         "named": sorted(map(list, named)),
     }
+
+
+def of_any_version(found: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what follows from the version of Keras that made the object."""
+    if "states" not in found:
+        return {key: of_any_version(each) for key, each in found.items()}
+    states = {key: kinds for key, kinds in found["states"].items() if key not in BY_VERSION}
+    return found | {"states": states}
 
 
 def shape(value: Any) -> str:
