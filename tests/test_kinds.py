@@ -11,10 +11,23 @@ import pytest
 from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
 from dask_keras_serialize.limits import names, vetting
 from tests import catalogue, zoo
-from tests.test_vetting import at, call, layer, refused, tensor, with_layer, with_more_layers
+from tests.test_vetting import (
+    at,
+    call,
+    changed,
+    layer,
+    refused,
+    tensor,
+    with_layer,
+    with_more_layers,
+)
 
 #: Of a gigabyte, once it is formatted, or repeated.
 FORMAT, WORD = "%1000000000d", "x" * 20_000
+
+
+def numpy_node(values):
+    return {"class_name": "__numpy__", "config": {"value": values, "dtype": "float32"}}
 
 
 def refused_in_little_memory(header, frames, match):
@@ -98,6 +111,64 @@ def test_one_word_among_what_a_layer_is_called_on(indices):
     refused_in_little_memory(header, frames, "'Take' is called on a text of more than 200")
 
 
+@pytest.mark.parametrize("mean", [[[0]] * 1000, numpy_node([0.0] * 1000)], ids=["list", "array"])
+@pytest.mark.parametrize("name", ["RandomNormal", "TruncatedNormal"])
+def test_initializers_that_would_multiply_a_variable(name, mean):
+    initializer = layer(name, "keras.initializers", mean=mean)
+    node = layer("Dense", units=100, kernel_initializer=initializer)
+    refused_in_little_memory(*with_layer(node), f"argument 'mean' of {name} is no")
+
+
+def nested(depth, inner=0):
+    value = [inner]
+    for _ in range(depth - 1):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"kernel_initializer": layer("Constant", "keras.initializers", value=nested(255))},
+        {"kernel_initializer": layer("RandomNormal", "keras.initializers", mean=nested(255))},
+        {"units": nested(255)},
+    ],
+    ids=["Constant", "RandomNormal", "units"],
+)
+def test_lists_in_lists_without_end(argument):
+    """TensorFlow ends the process where it makes a tensor of them."""
+    node = layer("Dense", **{"units": 2} | argument)
+    refused(*with_layer(node), "lists in lists, 255 in all")
+
+
+def test_lists_in_lists_that_a_layer_is_called_on():
+    take = layer("Take", "keras.src.ops.numpy", axis=None, name="take")
+    node = at(take, call(tensor("input_layer"), nested(255)))
+    refused(*with_more_layers(node), "lists in lists, 25. in all")
+
+
+def test_lists_in_lists_of_a_user_go_by_value():
+    inputs = keras.Input((2,))
+    deep = keras.Model(nested(70, inputs), keras.layers.Dense(1)(inputs))
+    assert serialize_keras(deep)[0]["encoding"] == "value"
+    flat = keras.Model(nested(3, inputs), keras.layers.Dense(1)(inputs))
+    assert serialize_keras(flat)[0]["encoding"] == "config"
+
+
+@pytest.mark.skipif(not hasattr(keras.optimizers, "MultiOptimizer"), reason="a newer Keras's")
+def test_optimizers_that_call_what_they_are_given():
+    """On each variable of the model's: a regularizer takes the square of its memory."""
+    source = keras.Sequential([keras.Input((15_000,)), keras.layers.Dense(1, use_bias=False)])
+    source.compile("sgd", "mse")
+    header, frames = serialize_keras(source)
+    config = json.loads(header["body"]["config"])
+    rows = layer("OrthogonalRegularizer", "keras.regularizers", mode="rows")
+    map_of_rows = layer("MultiOptimizer", "keras.optimizers", optimizer_map=rows)
+    config["compile"]["optimizer"] = map_of_rows
+    config["trainer"]["optimizer-built"] = True
+    refused_in_little_memory(changed(header, config), frames, "MultiOptimizer would call")
+
+
 def heads(make):
     inputs = keras.Input((8,))
     names = iter("qab")
@@ -153,7 +224,14 @@ def test_numbers_as_keys_of_what_a_layer_is_called_on():
 #: Of which configs are not asked for, or hold what goes by value in any case.
 OTHERS = ("callbacks", "wrappers", "distribution", "utils", "distillation", "random")
 #: Code, files, other models.
-BY_VALUE = {"Lambda", "TFSMLayer", "FeatureSpace", "JaxLayer", "TorchModuleWrapper"}
+BY_VALUE = {
+    "Lambda",
+    "TFSMLayer",
+    "FeatureSpace",
+    "JaxLayer",
+    "TorchModuleWrapper",
+    "MultiOptimizer",
+}
 
 
 def test_arguments_of_all_that_keras_has():

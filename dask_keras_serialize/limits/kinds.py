@@ -50,6 +50,9 @@ LISTS = frozenset(
     }
 )  # fmt: skip
 
+#: Of initializers, which broadcast the mean over a variable, of as many elements as both together.
+OF_INITIALIZERS = LISTS - {"mean"}
+
 #: Lists of text, too; nests of lists and dicts of names.
 _OF_TEXT = frozenset({"vocabulary", "exclude_layers", "feature_names"})
 _NESTS = frozenset({"input_layers", "output_layers"})
@@ -62,7 +65,7 @@ _DICTS = frozenset({"axes", "features", "optimizer_map", "policy_map"})
 _WRITTEN = re.compile(r'"(\w+)": ("|\["?|\{(?!"module"|\}))')
 _KNOWN: dict[str, frozenset[str]] = {
     '"': TEXT | {"module", "class_name", "registered_name", "config"},
-    "[": LISTS
+    "[": OF_INITIALIZERS
     | _OF_TEXT
     | _NESTS
     | {"args", "inbound_nodes", "keras_history"}
@@ -72,7 +75,7 @@ _KNOWN: dict[str, frozenset[str]] = {
 }
 
 
-def unlike(name: str, inner: object, build: object) -> str | None:
+def unlike(name: str, inner: object, build: object, lists: frozenset[str] = LISTS) -> str | None:
     """Say which argument of a class of Keras's is of a kind that it does not take.
 
     Parameters
@@ -83,9 +86,11 @@ def unlike(name: str, inner: object, build: object) -> str | None:
         Its config.
     build : object
         What it is built with: shapes, and nests of shapes.
+    lists : frozenset of str
+        The arguments that may be lists of numbers.
     """
     for key, value in inner.items() if isinstance(inner, dict) else ():
-        if isinstance(value, str | list | dict) and not _fits(key, value):
+        if isinstance(value, str | list | dict) and not _fits(key, value, lists):
             return f"the argument {key!r} of {name} is no {type(value).__name__}"
     return None if _are_shapes(build) else f"{name} is built with what is no shape"
 
@@ -98,14 +103,14 @@ def may_be_unlike(text: str) -> bool:
     )
 
 
-def _fits(key: str, value: str | list[Any] | dict[str, Any]) -> bool:
+def _fits(key: str, value: str | list[Any] | dict[str, Any], lists: frozenset[str]) -> bool:
     if key in _NESTS:
         return True
     if isinstance(value, str):
         return key in TEXT or key.endswith(_TEXT_ENDS)
     if isinstance(value, list):
-        return key in LISTS | _OF_TEXT and _are_plain(value, text=key in _OF_TEXT)
-    return _is_object(key, value) or key in _DICTS
+        return key in lists | _OF_TEXT and _are_plain(value, text=key in _OF_TEXT)
+    return _is_object(value, data=key in lists | _OF_TEXT) or key in _DICTS
 
 
 def _are_plain(values: list[Any], *, text: bool) -> bool:
@@ -116,19 +121,19 @@ def _are_plain(values: list[Any], *, text: bool) -> bool:
             if isinstance(each, list):
                 waiting.append(each)
             elif isinstance(each, dict):
-                if not _is_object("", each):
+                if not _is_object(each, data=False):
                     return False
             elif isinstance(each, str) and not text:
                 return False
     return True
 
 
-def _is_object(key: str, value: dict[str, Any]) -> bool:
-    """Say whether it is one that is looked at by itself; or data, in place of a list."""
+def _is_object(value: dict[str, Any], *, data: bool) -> bool:
+    """Say whether it is one that is looked at by itself; or an array, if ``data`` may be there."""
     name = str(value.get("class_name", ""))
     if not name or "config" not in value:
         return False
-    return key in LISTS | _OF_TEXT if name in NUMBERS else name not in DATA
+    return data if name in NUMBERS else name not in DATA
 
 
 def _are_shapes(build: object) -> bool:

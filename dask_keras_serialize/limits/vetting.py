@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import sys
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import keras
 from dask import config as dask_config
@@ -35,6 +35,10 @@ from dask_keras_serialize.wire.header import FORMAT, ITEMSIZE, Header
 
 #: Where in arguments strings are no names of classes: Keras looks none of them up.
 _NO_NAMES = ("name", "vocabulary", "input_layers", "output_layers")
+
+#: An optimizer calls its ``optimizer_map`` on each variable that it is built for
+#: (``keras/src/optimizers/multi_optimizer.py``), which is in no module of Keras's kinds.
+_CALLING_THEIR_ARGUMENTS = ("MultiOptimizer",)
 
 #: Names that Keras registers its own classes under.
 _OWN_NAMES = (None, "Functional", "Sequential")
@@ -116,7 +120,7 @@ def read(text: Any, header: Header) -> Vetted:
     for node in named:
         if is_listed(node.get("module")) and (reason := _user_class(node, classes)):
             raise DecodeError(f"{problem}: {reason}{ending}")
-        if _operation(node.get("module"), node["class_name"]):
+        if _is_operation(_symbol(node.get("module"), node["class_name"])):
             operations.restore_tuples(node)
     objects = sum(node["class_name"] not in DATA | NUMBERS for node in named)
     return Vetted(config, classes, objects + called.made)
@@ -191,9 +195,13 @@ def _refusal(node: dict[str, Any], called: calls.Calls) -> str | None:
 def unlike_keras(node: dict[str, Any]) -> str | None:
     """Say why a class of Keras's own is not made from such a config; its sender asks, too."""
     name, inner = node["class_name"], node["config"]
-    cls = _operation(node.get("module"), name)
-    if cls is None:
-        return kinds.unlike(name, inner, node.get("build_config"))
+    cls = _symbol(node.get("module"), name)
+    if not _is_operation(cls):
+        if getattr(cls, "__name__", name) in _CALLING_THEIR_ARGUMENTS:
+            return f"{name} would call what it is given on the model's variables"
+        is_initializer = isinstance(cls, type) and issubclass(cls, keras.Initializer)
+        lists = kinds.OF_INITIALIZERS if is_initializer else kinds.LISTS
+        return kinds.unlike(name, inner, node.get("build_config"), lists)
     if cls.__name__ in RUN_THEIR_ARGUMENTS:
         return f"{name} would be run for its shapes"
     if cls.__name__ in UNREADABLE:
@@ -201,11 +209,10 @@ def unlike_keras(node: dict[str, Any]) -> str | None:
     return operations.not_of_operations(name, inner)
 
 
-def _operation(module: object, name: str) -> type | None:
-    """Return the class of a name if it is one of ``keras.ops``, and no layer."""
-    cls = _symbol(module, name)
+def _is_operation(cls: Any) -> TypeGuard[type]:
+    """Say whether something is a class of ``keras.ops``, and no layer."""
     of_kind = isinstance(cls, type) and issubclass(cls, keras.Operation)
-    return cls if of_kind and not issubclass(cls, keras.Layer) else None
+    return of_kind and not issubclass(cls, keras.Layer)
 
 
 def _is_no_policy(value: object) -> str | None:
