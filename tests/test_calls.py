@@ -8,7 +8,7 @@ import pytest
 
 from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
 from dask_keras_serialize.configs import layerwise
-from dask_keras_serialize.limits import budget, calls, nests, vetting
+from dask_keras_serialize.limits import budget, calls, nests, symbols
 from tests import hostile, zoo
 from tests.test_vetting import at, call, kinds_of, layer, refused, tensor, with_more_layers
 
@@ -70,7 +70,7 @@ def test_which_operations_run_what_they_are_given():
     """All others of Keras's say their shapes, and run nothing for it."""
     found = set()
     for cls in kinds_of(keras.Operation) - kinds_of(keras.Layer):
-        if vetting.of_keras(cls.__module__):
+        if symbols.of_keras(cls.__module__):
             source = inspect.getsource(cls.compute_output_spec)
             if "compute_output_spec(" in source.partition("\n")[2]:
                 found.add(cls.__name__)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dask_keras_serialize.cluster.handlers import deserialize_keras, serialize_keras
-from dask_keras_serialize.limits import names, vetting
+from dask_keras_serialize.limits import names, symbols, vetting
 from tests import catalogue, zoo
 from tests.test_vetting import (
     at,
@@ -155,6 +155,21 @@ def test_lists_in_lists_of_a_user_go_by_value():
     assert serialize_keras(flat)[0]["encoding"] == "config"
 
 
+def stacked(depth):
+    cell = keras.layers.LSTMCell(2)
+    for _ in range(depth):
+        cell = keras.layers.StackedRNNCells([cell])
+    return keras.layers.RNN(cell)
+
+
+def test_cells_in_cells_whose_sizes_are_asked_for_twice_at_each_depth():
+    node = keras.saving.serialize_keras_object(stacked(25))
+    refused(*with_layer(node), "StackedRNNCells are in StackedRNNCells")
+    for depth, encoding in [(1, "config"), (2, "value")]:
+        source = keras.Sequential([keras.Input((3, 2)), stacked(depth)])
+        assert serialize_keras(source)[0]["encoding"] == encoding
+
+
 @pytest.mark.skipif(not hasattr(keras.optimizers, "MultiOptimizer"), reason="a newer Keras's")
 def test_optimizers_that_call_what_they_are_given():
     """On each variable of the model's: a regularizer takes the square of its memory."""
@@ -245,7 +260,7 @@ def test_arguments_of_all_that_keras_has():
             continue
         _, named = names.objects(text)
         for node in named:
-            if vetting.of_keras(node.get("module")) and node["class_name"] != "function":
+            if symbols.of_keras(node.get("module")) and node["class_name"] != "function":
                 seen += 1
                 assert not vetting.unlike_keras(node), name
     assert seen > 300

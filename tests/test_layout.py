@@ -43,6 +43,7 @@ FLOORS = [
     {"values.shells"},
     {"values.binding", "wire.environment"},
     {"limits.arguments"},
+    {"limits.symbols"},
     {"limits.operations", "limits.calls", "configs.likeness"},
     {
         "private",

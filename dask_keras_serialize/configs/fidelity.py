@@ -24,7 +24,7 @@ from dask_keras_serialize.configs.likeness import (
     attribute_lost,
     keras_finds,
 )
-from dask_keras_serialize.limits import arguments, kinds, operations, vetting
+from dask_keras_serialize.limits import arguments, kinds, operations, symbols, vetting
 from dask_keras_serialize.limits.arguments import SPARE
 from dask_keras_serialize.rebuilding.aside import aside
 from dask_keras_serialize.wire.frames import LARGE
@@ -60,7 +60,7 @@ def loss_by_config(
         foreign = _foreign([compile_config], asked=sum(map(int, _COUNTED.findall(text))))
     else:
         foreign = _foreign([config, compile_config])
-    foreign = foreign or vetting.found_by_name(compile_config) or vetting.registered_in(text)
+    foreign = foreign or symbols.found_by_name(compile_config) or symbols.registered_in(text)
     if foreign:
         return foreign
     layers = list(private.flatten_layers(model))
@@ -119,7 +119,7 @@ _OF_KERAS = re.compile(
 #: Arguments that receivers look at, of five figures or more; see :func:`arguments.costly`.
 _NUMBERED = re.compile(
     rf'"(?:{"|".join((*arguments.COUNTS, arguments.CLASSES))})": \d{{5}}|"vocabulary": \['
-    '|"stateful": true'
+    rf'|"stateful": true|"class_name": "{arguments.STACKED}"'
 )
 #: The same, whatever they are.
 _COUNTED = re.compile(rf'"(?:{"|".join(arguments.COUNTS)})": (\d+)')
@@ -141,24 +141,24 @@ def _foreign(config: Any, asked: float = 0) -> str | None:
             if name is not None and "config" in node:
                 if name == "__lambda__":
                     return "a lambda is not Keras's own"
-                if name == "function" and not vetting.finds_function(
+                if name == "function" and not symbols.finds_function(
                     node.get("module"), node["config"]
                 ):
                     return f"function {node['config']!r} is not Keras's own"
                 if name == "__bytes__":
                     return "a name in bytes is not a config's"  # lookups are not told that they are
                 registered = node.get("registered_name")
-                own = vetting.of_keras(node.get("module")) and registered in (None, "", name)
+                own = symbols.of_keras(node.get("module")) and registered in (None, "", name)
                 if (
                     name != "function"
                     and not str(name).startswith("__")
-                    and not (own or vetting.is_listed(node.get("module")))
+                    and not (own or symbols.is_listed(node.get("module")))
                 ):
                     return f"class {name!r} is not Keras's own"
                 if much := arguments.costly(str(name), node["config"]):
                     return much
                 asked += arguments.asked(node["config"])
-                keras_class = name != "function" and vetting.of_keras(node.get("module"))
+                keras_class = name != "function" and symbols.of_keras(node.get("module"))
                 if keras_class and (unlike := vetting.unlike_keras(node)):
                     return unlike
                 if operations.is_operation(node) and "name" not in node["config"]:

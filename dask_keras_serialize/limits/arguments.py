@@ -20,6 +20,9 @@ COUNTS = (
     "power_iterations",
 )
 
+#: Cells whose size is asked for twice of those in them (``keras/src/layers/rnn``).
+STACKED = "StackedRNNCells"
+
 #: What lookups repeat as often as ``num_oov_indices`` says; letters of it.
 _REPEATED, MOST_LETTERS = ("oov_token", "mask_token"), 1000
 
@@ -64,6 +67,9 @@ def costly(name: str, inner: object) -> str | None:
             return f"{key} of {name} is a file of another machine"
         if isinstance(value, list) and names.lopsided(names.elements(value)):
             return f"one word in the {key} of {name} is too long"
+    cells = inner.get("cells") if name == STACKED else None
+    if any(each.get("class_name") == name for each in cells or () if isinstance(each, dict)):
+        return f"{name} are in {name}, whose sizes take twice as long to know at each depth"
     for key in _REPEATED:
         if isinstance(inner.get(key), str) and len(inner[key]) > MOST_LETTERS:
             return f"the {key} of {name} is too long"

@@ -10,12 +10,9 @@ whoever asks for more is not to be trusted, and gets nothing of what it asked fo
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import Any, NamedTuple, TypeGuard
 
 import keras
-from dask import config as dask_config
 
 from dask_keras_serialize.configs import skew
 from dask_keras_serialize.configs.fields import FIELDS
@@ -27,17 +24,22 @@ from dask_keras_serialize.configs.layerwise import (
     UNREADABLE,
     model_classes,
 )
-from dask_keras_serialize.configs.likeness import functions_named
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.limits import arguments, calls, kinds, names, operations
 from dask_keras_serialize.limits.kinds import DATA, NUMBERS
+from dask_keras_serialize.limits.symbols import (
+    finds_function,
+    found_by_name,
+    is_listed,
+    of_keras,
+    symbol,
+)
 from dask_keras_serialize.wire.header import FORMAT, ITEMSIZE, Header
 
 #: Where in arguments strings are no names of classes: Keras looks none of them up.
 _NO_NAMES = ("name", "vocabulary", "input_layers", "output_layers")
 
-#: An optimizer calls its ``optimizer_map`` on each variable that it is built for
-#: (``keras/src/optimizers/multi_optimizer.py``), which is in no module of Keras's kinds.
+#: It calls its ``optimizer_map`` on each variable (``keras/src/optimizers/multi_optimizer.py``).
 _CALLING_THEIR_ARGUMENTS = ("MultiOptimizer",)
 
 #: Names that Keras registers its own classes under.
@@ -111,7 +113,7 @@ def read(text: Any, header: Header) -> Vetted:
         if reason := reason or arguments.too_much(asked):
             raise DecodeError(f"{problem}: {reason}{ending}")
         if is_newer and isinstance(node["config"], dict):
-            cls = _symbol(node.get("module"), node["class_name"])
+            cls = symbol(node.get("module"), node["class_name"])
             if isinstance(cls, type):
                 skew.leave_out_unused(cls, node["config"])
     if reason := arguments.too_large(config["model"], (each.shape for each in header.variables)):
@@ -120,28 +122,10 @@ def read(text: Any, header: Header) -> Vetted:
     for node in named:
         if is_listed(node.get("module")) and (reason := _user_class(node, classes)):
             raise DecodeError(f"{problem}: {reason}{ending}")
-        if _is_operation(_symbol(node.get("module"), node["class_name"])):
+        if _is_operation(symbol(node.get("module"), node["class_name"])):
             operations.restore_tuples(node)
     objects = sum(node["class_name"] not in DATA | NUMBERS for node in named)
     return Vetted(config, classes, objects + called.made)
-
-
-def modules() -> tuple[str, ...]:
-    """Return the user's own modules whose classes may travel by config."""
-    listed = dask_config.get(f"{FORMAT}.modules", ())
-    return (listed,) if isinstance(listed, str) else tuple(listed or ())
-
-
-def is_listed(module: object) -> bool:
-    """Say whether a module is one of those, or in one; no ``__main__``, which is a program."""
-    if not isinstance(module, str) or "__" in module:
-        return False
-    return any(f"{module}.".startswith(f"{m}.") for m in modules())
-
-
-def of_keras(module: object) -> bool:
-    """Say whether a module is Keras's own."""
-    return isinstance(module, str) and f"{module}.".startswith("keras.")
 
 
 def _refusal(node: dict[str, Any], called: calls.Calls) -> str | None:
@@ -172,7 +156,7 @@ def _refusal(node: dict[str, Any], called: calls.Calls) -> str | None:
     reason = reason or arguments.costly(name, inner)
     if reason or is_listed(module):
         return reason
-    cls = _symbol(module, name)
+    cls = symbol(module, name)
     bases = (*_KINDS, keras.dtype_policies.DTypePolicyMap)
     if not isinstance(cls, type) or not issubclass(cls, bases) or not of_keras(cls.__module__):
         return (
@@ -195,12 +179,12 @@ def _refusal(node: dict[str, Any], called: calls.Calls) -> str | None:
 def unlike_keras(node: dict[str, Any]) -> str | None:
     """Say why a class of Keras's own is not made from such a config; its sender asks, too."""
     name, inner = node["class_name"], node["config"]
-    cls = _symbol(node.get("module"), name)
+    cls = symbol(node.get("module"), name)
     if not _is_operation(cls):
         if getattr(cls, "__name__", name) in _CALLING_THEIR_ARGUMENTS:
             return f"{name} would call what it is given on the model's variables"
-        is_initializer = isinstance(cls, type) and issubclass(cls, keras.Initializer)
-        lists = kinds.OF_INITIALIZERS if is_initializer else kinds.LISTS
+        of_kind = isinstance(cls, type) and issubclass(cls, keras.Initializer)
+        lists = kinds.OF_INITIALIZERS if of_kind else kinds.LISTS
         return kinds.unlike(name, inner, node.get("build_config"), lists)
     if cls.__name__ in RUN_THEIR_ARGUMENTS:
         return f"{name} would be run for its shapes"
@@ -211,8 +195,8 @@ def unlike_keras(node: dict[str, Any]) -> str | None:
 
 def _is_operation(cls: Any) -> TypeGuard[type]:
     """Say whether something is a class of ``keras.ops``, and no layer."""
-    of_kind = isinstance(cls, type) and issubclass(cls, keras.Operation)
-    return of_kind and not issubclass(cls, keras.Layer)
+    is_class = isinstance(cls, type) and issubclass(cls, keras.Operation)
+    return is_class and not issubclass(cls, keras.Layer)
 
 
 def _is_no_policy(value: object) -> str | None:
@@ -220,7 +204,7 @@ def _is_no_policy(value: object) -> str | None:
     if value is None or isinstance(value, str):
         return None
     node: dict[str, Any] = value if isinstance(value, dict) else {}
-    cls = _symbol(node.get("module"), str(node.get("class_name")))
+    cls = symbol(node.get("module"), str(node.get("class_name")))
     is_policy = isinstance(cls, type) and issubclass(cls, keras.DTypePolicy)
     if is_policy and isinstance(node.get("config"), dict):
         return None
@@ -245,41 +229,6 @@ def _registered_here(node: dict[str, Any]) -> str | None:
     looked_up = [value for key, value in settings.items() if key not in names_only]
     looked_up += [node.get("inbound_nodes"), node.get("build_config")]
     return found_by_name([*looked_up, inner if settings is not inner else None])
-
-
-def found_by_name(value: object) -> str | None:
-    """Say which string in arguments Keras would look up among the classes registered here."""
-    registered = keras.saving.get_custom_objects()
-    waiting = [value] if registered else []
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, str) and each in registered:
-            module = getattr(registered[each], "__module__", None)
-            if not of_keras(module) and not is_listed(module):
-                return f"{each!r} is what this process registered, not Keras's own"
-        elif isinstance(each, list):
-            waiting += each
-        # a node inside is looked at by itself
-        elif isinstance(each, dict) and not {"class_name", "config"} <= each.keys():
-            waiting += each.values()
-    return None
-
-
-def registered_in(text: str) -> str | None:
-    """Say the same of a config as JSON, wherever in it the string stands."""
-    # most names are "package>name", of which a package may register hundreds
-    packages = ">" in text
-    registered = keras.saving.get_custom_objects()
-    return found_by_name(
-        [name for name in registered if (packages or ">" not in name) and f'"{name}"' in text]
-    )
-
-
-def finds_function(module: object, name: object) -> bool:
-    """Say whether a config's function is an activation, loss or metric of Keras's, by its name."""
-    named = functions_named(name) if isinstance(name, str) else ()
-    known = (module == "builtins" or _symbol(module, str(name)) is each for each in named)
-    return any(known)
 
 
 def _user_class(node: dict[str, Any], classes: dict[str, type]) -> str | None:
@@ -333,20 +282,3 @@ _HOLDING_CODE, _RUN_FOR_SHAPES = (
     )
     for listed in (NEVER_BY_CONFIG, RUN_FOR_SHAPES)
 )
-
-
-def _symbol(module: object, name: str) -> Any:
-    """Return what Keras has by a name, of what is loaded of it; None if it has no such."""
-    if not isinstance(module, str) or not of_keras(module):
-        return None
-    found: Any = sys.modules.get(module)
-    if found is None:  # the public names, such as keras.layers, may be no modules
-        found = keras
-        for part in module.split(".")[1:]:
-            found = _in_module(found, part)
-    return _in_module(found, name)
-
-
-def _in_module(module: object, name: str) -> Any:
-    """Return what a module has, itself: some of Keras's stand for others, which they import."""
-    return vars(module).get(name) if isinstance(module, ModuleType) else None
