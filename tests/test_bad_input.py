@@ -246,3 +246,22 @@ def test_numbers_that_another_backend_has_not():
     check_range(variable, np.array([0, 2**31 - 1]), header)
     with pytest.raises(DecodeError, match="with numbers that int32 has not"):
         check_range(variable, np.array([0, 2**31]), header)
+
+
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="it trains no whole numbers")
+@pytest.mark.parametrize("path", ["p/alpha", "p/seed_generator_state"])
+def test_nor_under_the_name_of_a_seed(path):
+    """Seeds may lose their upper halves; what they are, the receiver's model says."""
+    source = keras.Sequential([keras.Input((3,)), keras.layers.PReLU(dtype="int32", name="p")])
+    header, _ = serialize_keras(source)
+    (location,), packed = packing.pack([np.array([2**33 + 5, 7, 2**40])])
+    entry = header["variables"][0]
+    marks, whole = fingerprints(packed)
+    header |= {
+        "variables": [[path, entry[1], "int64", entry[3], *location]],
+        "frame-sizes": [frame.nbytes for frame in packed],
+        "fingerprints": marks,
+        "whole": whole,
+        "backend": "jax" if keras.backend.backend() != "jax" else "torch",
+    }
+    refused(header, packed, "with numbers that (int32 has not|this process has not)|int64 that")

@@ -227,7 +227,7 @@ def assign_rest(variables: Sequence[keras.Variable], given: Given, values: Value
     for index, (variable, entry) in enumerate(zip(variables, table, strict=True)):
         check_fits(variable, index, values.header)
         if given.get(id(variable), (None, None))[0] != index:
-            if variable.dtype != entry.dtype and not entry.path.endswith(SEED):
+            if variable.dtype != entry.dtype and variable.name != SEED:
                 check_range(variable, values.array(index), values.header)
             values.place(index, variable.assign)
             variable._path = entry.path
