@@ -31,6 +31,8 @@ from tests import leaks
 
 ROOT = Path(__file__).parent.parent
 
+leaks.notice_what_holds_models()
+
 #: The tests of other backends' adapters, which cannot be imported here.
 collect_ignore = [f"test_{name}.py" for name in backends.NAMES if name != keras.backend.backend()]
 #: That of all of them together, which `make test-together` runs where they all are.

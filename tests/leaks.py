@@ -1,4 +1,4 @@
-"""What a test may not leave behind in its process: threads, descriptors, servers, locks.
+"""What a test may not leave behind: threads, processes, descriptors, servers, locks.
 
 The fixture ``nothing_is_left`` compares before and after each test. That nothing of what was
 received stays exported is what ``test_leaks.py`` asks.
@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from distributed.core import Status
 
 from dask_keras_serialize.cluster import offload
 from dask_keras_serialize.rebuilding.turns import Turn
+from dask_keras_serialize.workflows.holding import Held
 
 #: How the names of threads begin of pools that a process keeps: distributed's
 #: (``distributed/utils.py``), those of event loops, joblib's (``joblib/externals/loky``).
@@ -38,6 +40,11 @@ OF_CLUSTERS = ("AsyncProcess", "QueueFeederThread", "IO loop", "Profile", "Dask-
 #: (``joblib/externals/loky/backend/resource_tracker.py``).
 TRACKERS = ("multiprocessing.resource_tracker", "joblib.externals.loky.backend.resource_tracker")
 
+PACKAGE = "dask_keras_serialize"
+
+#: What holds a model for a workflow, as long as it lives.
+HOLDING: weakref.WeakSet[Held] = weakref.WeakSet()
+
 _LOCKS = (type(threading.Lock()), type(threading.RLock()), Turn)
 
 
@@ -46,13 +53,19 @@ class Standing:
     """What there is in this process."""
 
     threads: set[threading.Thread]
+    processes: set[int]
     files: Counter[str]
     servers: set[int]
 
 
 def standing() -> Standing:
     """Look at this process."""
-    return Standing(set(threading.enumerate()), open_files(), set(open_servers()))
+    return Standing(set(threading.enumerate()), children(), open_files(), set(open_servers()))
+
+
+def children() -> set[int]:
+    """Return the ids of the processes that this one started, and has not waited for."""
+    return {each.pid for each in psutil.Process().children()}
 
 
 def open_servers() -> dict[int, Any]:
@@ -80,11 +93,11 @@ def pipes(files: Counter[str]) -> int:
     return sum(n for name, n in files.items() if name.startswith("pipe:"))
 
 
-def trackers() -> Counter[str]:
-    """Count the pipes that a process keeps."""
+def trackers() -> list[Any]:
+    """Return what has the pipes, and the processes at their other ends, that a process keeps."""
     modules = filter(None, map(sys.modules.get, TRACKERS))
-    numbers = [module._resource_tracker._fd for module in modules]
-    return Counter(os.readlink(f"/proc/self/fd/{n}") for n in numbers if n is not None)
+    every = (module._resource_tracker for module in modules)
+    return [each for each in every if each._fd is not None]
 
 
 def layers_alive() -> list[str]:
@@ -96,15 +109,36 @@ def layers_alive() -> list[str]:
 
 
 def locks() -> Iterator[tuple[str, Any]]:
-    """Yield every lock that a module of this package has, and those of models, by a name."""
+    """Yield every lock that this package has, its modules', their objects' and models', by a name.
+
+    Of objects those that a module has, those that threads share, and all that hold a model.
+    """
+    owners: list[tuple[str, Any]] = []
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == "dask_keras_serialize":
-            found = [
-                (each, lock) for each, lock in vars(module).items() if isinstance(lock, _LOCKS)
-            ]
-            yield from ((f"{name}.{each}", lock) for each, lock in found)
-    jax = sys.modules.get("dask_keras_serialize.backends.jax_trainer")
+        if name.partition(".")[0] == PACKAGE:
+            own = [(f"{name}.{each}", value) for each, value in vars(module).items()]
+            owners += [(name, module), *(pair for pair in own if type(pair[1]).__module__ == name)]
+    batches = sys.modules.get(f"{PACKAGE}.workflows.batches")
+    owners += [
+        ("what threads share", each) for each in (batches._SHARED.values() if batches else ())
+    ]
+    owners += [("what holds a model", each) for each in list(HOLDING)]
+    for name, owner in owners:
+        found = vars(owner).items() if hasattr(owner, "__dict__") else ()
+        yield from ((f"{name}.{each}", lock) for each, lock in found if isinstance(lock, _LOCKS))
+    jax = sys.modules.get(f"{PACKAGE}.backends.jax_trainer")
     yield from (("the turn of a model", turn) for turn in list(jax.TURNS.values() if jax else ()))
+
+
+def notice_what_holds_models() -> None:
+    """Have :func:`locks` know of every ``Held`` that is made from now on."""
+    make = Held.__init__
+
+    def noticed(self: Held) -> None:
+        make(self)
+        HOLDING.add(self)
+
+    Held.__init__ = noticed  # type: ignore[method-assign]
 
 
 def locks_held() -> list[str]:
@@ -157,7 +191,12 @@ def _left(before: Standing) -> list[str]:
     threads -= {thread for pool in filter(None, pools) for thread in pool._threads}
     if shared:  # a worker's threads have its name before theirs
         threads = {each for each in threads if not any(part in each.name for part in OF_CLUSTERS)}
-    standing = open_files() - trackers()
+    kept = trackers()
+    processes = children() - before.processes - {each._pid for each in kept}
+    # a nanny starts its worker again; and joblib keeps its processes
+    if shared or any(each.name.startswith("ExecutorManagerThread") for each in threads):
+        processes = set()
+    standing = open_files() - Counter(os.readlink(f"/proc/self/fd/{each._fd}") for each in kept)
     files = standing - before.files
     # a nanny that starts its worker again has other pipes to the new one, and as many
     if shared and pipes(standing) <= pipes(before.files):
@@ -167,6 +206,7 @@ def _left(before: Standing) -> list[str]:
             files.pop(each, None)
     return [
         *(f"thread {each.name!r}" for each in threads if not each.name.startswith(KEPT)),
+        *(f"process {number}" for number in processes),
         *(f"open {name}" + (f", {n} times" if n > 1 else "") for name, n in sorted(files.items())),
         *(f"a {type(servers[key]).__name__}" for key in servers.keys() - before.servers),
         *locks_held(),

@@ -5,6 +5,7 @@ import gc
 import os
 import pickle
 import socket
+import subprocess
 import sys
 import threading
 from multiprocessing import shared_memory
@@ -20,6 +21,7 @@ from dask_keras_serialize.configs import templates
 from dask_keras_serialize.errors import DecodeError
 from dask_keras_serialize.rebuilding import aside
 from dask_keras_serialize.rebuilding.turns import Turn
+from dask_keras_serialize.workflows import batches, holding, replicas
 from tests import hostile, leaks, zoo
 
 
@@ -124,6 +126,32 @@ def test_a_lock_of_a_thread_that_has_ended_is_seen():
         thread.start()
         thread.join()
     assert set(leaks.refused([("again", locks[0]), ("once", locks[1])])) == {"again", "once"}
+
+
+class Key:
+    """What a weak reference may be to."""
+
+
+def test_locks_of_objects_are_seen():
+    key, held = Key(), holding.Held()
+    batches._SHARED[key] = batches._Shared()
+    for lock, name in [
+        (replicas.POOL._lock, f"{leaks.PACKAGE}.workflows.replicas.POOL._lock"),
+        (batches._SHARED[key].turn, "what threads share.turn"),
+        (held._turn, "what holds a model._turn"),
+    ]:
+        lock.acquire()
+        assert leaks.locks_held() == [name]
+        lock.release()
+        assert leaks.locks_held() == []
+
+
+def test_a_process_that_is_left_is_seen():
+    before = leaks.standing()
+    process = subprocess.Popen(["sleep", "60"])
+    assert leaks.left(before, seconds=0) == [f"process {process.pid}"]
+    process.kill()
+    process.wait()
 
 
 def test_with_a_shared_client_only_its_connections_are_left_out():

@@ -508,6 +508,7 @@ BY_CONFIG: dict[str, Callable[[], keras.Model]] = {
         stack(kernel_constraint="max_norm", bias_regularizer="l2", activation="relu")
     ),
     "trained with loss scaling": loss_scaled,
+    "trained with Muon": lambda: trained(mlp(), optimizer="muon"),
 }
 BY_VALUE: dict[str, Callable[[], keras.Model]] = {
     "subclassed": subclassed,
@@ -576,7 +577,7 @@ NOT_HERE = {"tensorflow": set[str](), "torch": IN_TENSORFLOW}.get(
     keras.backend.backend(), IN_TENSORFLOW | {"trained under float64"}
 )
 #: The first Keras that has them.
-SINCE = {"regularizer of one's own": (3, 15)}
+SINCE = {"regularizer of one's own": (3, 15), "trained with Muon": (3, 13)}
 KERAS = tuple(map(int, keras.version().split(".")[:2]))
 NOT_HERE |= {name for name, first in SINCE.items() if first > KERAS}
 for models in (BY_CONFIG, BY_VALUE):

@@ -96,9 +96,9 @@ def _settings(value: Any, twin: Any) -> set[str]:
     """Return the attributes of either that do not say how far it has come."""
     ours: dict[str, Any] = vars(value)
     names = {name for name in ours.keys() | vars(twin).keys() if not name.startswith(_PROGRESS)}
-    # slots that building makes, of which this kind has none
+    # slots that building makes, of which this kind has none, or none for any variable (Muon)
     more = ((name, ours[name]) for name in names - vars(twin).keys())
-    return names - {name for name, slots in more if isinstance(slots, list) and not slots}
+    return names - {name for name, slots in more if isinstance(slots, list) and _is_empty(slots)}
 
 
 def _shapes(metric: keras.Metric) -> list[tuple[int, ...]]:
@@ -143,5 +143,11 @@ def _holds_variables(value: Any) -> bool:
     if isinstance(value, keras.Variable):
         return True
     if isinstance(value, (list, tuple)):
-        return bool(value) and all(map(_holds_variables, value))
+        # Muon keeps slots for some of a model's variables, and None in the places of the others
+        held = [each for each in value if each is not None]
+        return bool(held) and all(map(_holds_variables, held))
     return False
+
+
+def _is_empty(slots: list[Any]) -> bool:
+    return all(each is None for each in slots)
