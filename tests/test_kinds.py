@@ -249,6 +249,7 @@ BY_VALUE = {
 }
 
 
+@pytest.mark.once
 def test_arguments_of_all_that_keras_has():
     seen = 0
     for name, citizen in catalogue.CITIZENS.items():
