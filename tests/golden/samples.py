@@ -5,6 +5,7 @@ The classes here are named in the files: they may gain, not lose or rename.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -39,6 +40,13 @@ class Sample(NamedTuple):
     #: The one backend, and the first Keras, that can make it.
     only: str | None = None
     since: tuple[int, ...] = (3, 11)
+    #: The package with which the other backends can read it, though they cannot make it.
+    read_with: str | None = None
+
+    def is_read_by(self, backend: str) -> bool:
+        """Say whether a backend can read it here."""
+        read = self.read_with and importlib.util.find_spec(self.read_with)
+        return self.only in (None, backend) or bool(read)
 
 
 def classifier() -> keras.Model:
@@ -272,7 +280,7 @@ SAMPLES = {
     "branched": Sample(branched, "dask", two_targets),
     "recurrent": Sample(recurrent, "cloudpickle", steps),
     "large": Sample(large, "dask"),
-    "words": Sample(words, only="tensorflow"),
+    "words": Sample(words, only="tensorflow", read_with="tensorflow"),
     "everything": Sample(everything, "dask", batch),
     "restored": Sample(restored),
     "graph": Sample(graph, "cloudpickle", batch),
