@@ -206,7 +206,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # of some processors' products of matrices oneDNN keeps hundreds of MB for a thread, in steps
+    # on some processors TensorFlow multiplies by oneDNN, which keeps hundreds of MB, in steps
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     if options.train:
         kept_bytes = kept_of(lambda _: build(0), options.train)
