@@ -206,8 +206,6 @@ def main() -> int:
     )
     options = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # on some processors TensorFlow multiplies by oneDNN, which keeps hundreds of MB, in steps
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     if options.train:
         kept_bytes = kept_of(lambda _: build(0), options.train)
         print(f"{kept_bytes / 1e6:.1f} MB kept of two models trained")
@@ -216,6 +214,8 @@ def main() -> int:
         kept_bytes = kept_of(lambda number: predict(new_architecture(number)), options.predict)
         print(f"{kept_bytes / 1e3:.1f} kB kept of a model that predicted")
         return 0
+    # on some processors TensorFlow multiplies by oneDNN, which keeps hundreds of MB, in steps
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     import dask
     from distributed import Client, LocalCluster
 

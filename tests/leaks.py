@@ -25,6 +25,7 @@ from distributed.core import Status
 
 from dask_keras_serialize.cluster import offload
 from dask_keras_serialize.rebuilding.turns import Turn
+from dask_keras_serialize.workflows import batches
 from dask_keras_serialize.workflows.holding import Held
 
 #: How the names of threads begin of pools that a process keeps: distributed's
@@ -100,6 +101,13 @@ def trackers() -> list[Any]:
     return [each for each in every if each._fd is not None]
 
 
+def pool_of_joblib() -> set[int]:
+    """Return the ids of the processes that joblib keeps, and renews when they have grown."""
+    loky = sys.modules.get("joblib.externals.loky.reusable_executor")
+    pool = loky._executor if loky else None
+    return set(pool._processes or ()) if pool else set()
+
+
 def layers_alive() -> list[str]:
     """Name the layers that there are, when those that nobody has are gone."""
     gc.collect()
@@ -118,10 +126,7 @@ def locks() -> Iterator[tuple[str, Any]]:
         if name.partition(".")[0] == PACKAGE:
             own = [(f"{name}.{each}", value) for each, value in vars(module).items()]
             owners += [(name, module), *(pair for pair in own if type(pair[1]).__module__ == name)]
-    batches = sys.modules.get(f"{PACKAGE}.workflows.batches")
-    owners += [
-        ("what threads share", each) for each in (batches._SHARED.values() if batches else ())
-    ]
+    owners += [("what threads share", each) for each in list(batches._SHARED.values())]
     owners += [("what holds a model", each) for each in list(HOLDING)]
     for name, owner in owners:
         found = vars(owner).items() if hasattr(owner, "__dict__") else ()
@@ -138,7 +143,7 @@ def notice_what_holds_models() -> None:
         make(self)
         HOLDING.add(self)
 
-    Held.__init__ = noticed  # type: ignore[method-assign]
+    Held.__init__ = noticed
 
 
 def locks_held() -> list[str]:
@@ -192,9 +197,8 @@ def _left(before: Standing) -> list[str]:
     if shared:  # a worker's threads have its name before theirs
         threads = {each for each in threads if not any(part in each.name for part in OF_CLUSTERS)}
     kept = trackers()
-    processes = children() - before.processes - {each._pid for each in kept}
-    # a nanny starts its worker again; and joblib keeps its processes
-    if shared or any(each.name.startswith("ExecutorManagerThread") for each in threads):
+    processes = children() - before.processes - {each._pid for each in kept} - pool_of_joblib()
+    if shared:  # a nanny starts its worker again
         processes = set()
     standing = open_files() - Counter(os.readlink(f"/proc/self/fd/{each._fd}") for each in kept)
     files = standing - before.files

@@ -219,24 +219,29 @@ def test_frames_that_are_no_list(good, frames):
         deserialize_keras(good[0], frames)
 
 
+def as_sent_by_another_backend(built, array, path=None):
+    """Return what has another array, and path, for a model's first variable."""
+    header, _ = serialize_keras(built)
+    (location,), packed = packing.pack([array])
+    entry = header["variables"][0]
+    marks, whole = fingerprints(packed)
+    return header | {
+        "variables": [[path or entry[0], entry[1], str(array.dtype), entry[3], *location]],
+        "frame-sizes": [frame.nbytes for frame in packed],
+        "fingerprints": marks,
+        "whole": whole,
+        "backend": "jax" if keras.backend.backend() != "jax" else "torch",
+    }, packed
+
+
 @pytest.mark.parametrize("dtype", ["complex64", "float64", "int64", "bool", "float16"])
 def test_another_backend_is_no_reason_for_another_dtype(dtype):
     """Nothing of a value would be lost but unseen."""
     layer = keras.layers.Dense(2, use_bias=False, dtype=dtype if dtype == "float16" else None)
     built = keras.Sequential([keras.Input((2,)), layer])
-    header, _ = serialize_keras(built)
-    arrays = [np.ones((2, 2), dtype if dtype != "float16" else "float32")]
-    (location,), packed = packing.pack(arrays)
-    entry = header["variables"][0]
-    marks, whole = fingerprints(packed)
-    header |= {
-        "variables": [[*entry[:2], str(arrays[0].dtype), entry[3], *location]],
-        "frame-sizes": [frame.nbytes for frame in packed],
-        "fingerprints": marks,
-        "whole": whole,
-        "backend": "jax" if keras.backend.backend() != "jax" else "torch",
-    }
-    refused(header, packed, f"was sent as .*{arrays[0].dtype} but is rebuilt here as")
+    array = np.ones((2, 2), dtype if dtype != "float16" else "float32")
+    header, packed = as_sent_by_another_backend(built, array)
+    refused(header, packed, f"was sent as .*{array.dtype} but is rebuilt here as")
 
 
 def test_numbers_that_another_backend_has_not():
@@ -253,15 +258,5 @@ def test_numbers_that_another_backend_has_not():
 def test_nor_under_the_name_of_a_seed(path):
     """Seeds may lose their upper halves; what they are, the receiver's model says."""
     source = keras.Sequential([keras.Input((3,)), keras.layers.PReLU(dtype="int32", name="p")])
-    header, _ = serialize_keras(source)
-    (location,), packed = packing.pack([np.array([2**33 + 5, 7, 2**40])])
-    entry = header["variables"][0]
-    marks, whole = fingerprints(packed)
-    header |= {
-        "variables": [[path, entry[1], "int64", entry[3], *location]],
-        "frame-sizes": [frame.nbytes for frame in packed],
-        "fingerprints": marks,
-        "whole": whole,
-        "backend": "jax" if keras.backend.backend() != "jax" else "torch",
-    }
+    header, packed = as_sent_by_another_backend(source, np.array([2**33 + 5, 7, 2**40]), path)
     refused(header, packed, "with numbers that (int32 has not|this process has not)|int64 that")

@@ -26,8 +26,8 @@ from tests.test_vetting import (
 FORMAT, WORD = "%1000000000d", "x" * 20_000
 
 
-def numpy_node(values):
-    return {"class_name": "__numpy__", "config": {"value": values, "dtype": "float32"}}
+def array(values, dtype="float32"):
+    return {"class_name": "__numpy__", "config": {"value": values, "dtype": dtype}}
 
 
 def refused_in_little_memory(header, frames, match):
@@ -46,10 +46,7 @@ def refused_in_little_memory(header, frames, match):
         ({"units": {"a": 1}}, "units.* no dict"),
         ({"units": {"class_name": "__bytes__", "config": {"value": WORD}}}, "units.* no dict"),
         ({"units": {"class_name": "__slice__", "config": {"stop": 1}}}, "units.* no dict"),
-        (
-            {"units": {"class_name": "__numpy__", "config": {"value": [1], "dtype": "int32"}}},
-            "units.* no dict",
-        ),
+        ({"units": array([1], "int32")}, "units.* no dict"),
         ({"axis": ["a", 1]}, "axis.* no list"),
         ({"whatever": "text"}, "whatever.* no str"),
         ({"cells": [{"class_name": "__bytes__", "config": {"value": WORD}}]}, "cells.* no list"),
@@ -111,7 +108,7 @@ def test_one_word_among_what_a_layer_is_called_on(indices):
     refused_in_little_memory(header, frames, "'Take' is called on a text of more than 200")
 
 
-@pytest.mark.parametrize("mean", [[[0]] * 1000, numpy_node([0.0] * 1000)], ids=["list", "array"])
+@pytest.mark.parametrize("mean", [[[0]] * 1000, array([0.0] * 1000)], ids=["list", "array"])
 @pytest.mark.parametrize("name", ["RandomNormal", "TruncatedNormal"])
 def test_initializers_that_would_multiply_a_variable(name, mean):
     initializer = layer(name, "keras.initializers", mean=mean)

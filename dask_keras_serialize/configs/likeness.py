@@ -98,7 +98,11 @@ def _settings(value: Any, twin: Any) -> set[str]:
     names = {name for name in ours.keys() | vars(twin).keys() if not name.startswith(_PROGRESS)}
     # slots that building makes, of which this kind has none, or none for any variable (Muon)
     more = ((name, ours[name]) for name in names - vars(twin).keys())
-    return names - {name for name, slots in more if isinstance(slots, list) and _is_empty(slots)}
+    return names - {
+        name
+        for name, slots in more
+        if isinstance(slots, list) and all(slot is None for slot in slots)
+    }
 
 
 def _shapes(metric: keras.Metric) -> list[tuple[int, ...]]:
@@ -147,7 +151,3 @@ def _holds_variables(value: Any) -> bool:
         held = [each for each in value if each is not None]
         return bool(held) and all(map(_holds_variables, held))
     return False
-
-
-def _is_empty(slots: list[Any]) -> bool:
-    return all(each is None for each in slots)

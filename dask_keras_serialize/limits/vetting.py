@@ -10,7 +10,7 @@ whoever asks for more is not to be trusted, and gets nothing of what it asked fo
 from __future__ import annotations
 
 import importlib
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import keras
 
@@ -193,7 +193,7 @@ def unlike_keras(node: dict[str, Any]) -> str | None:
     return operations.not_of_operations(name, inner)
 
 
-def _is_operation(cls: Any) -> TypeGuard[type]:
+def _is_operation(cls: Any) -> bool:
     """Say whether something is a class of ``keras.ops``, and no layer."""
     is_class = isinstance(cls, type) and issubclass(cls, keras.Operation)
     return is_class and not issubclass(cls, keras.Layer)

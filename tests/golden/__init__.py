@@ -195,12 +195,13 @@ def changed(name: str) -> str | None:
     content = read(FORMAT_VERSION, keras.backend.backend(), name)
     obj = samples.make(name)
     then, now = wire.view(content["sent"]), wire.view(send(obj, samples.SAMPLES[name].route))
-    ours = added.to(obj), content["added"]
-    if not alike(content["versions"]):
-        ours = added.of_any_version(ours[0]), added.of_any_version(ours[1])
+    ours, theirs = added.to(obj), content["added"]
+    same_versions = alike(content["versions"])
+    if not same_versions:
+        ours, theirs = map(added.of_any_version, (ours, theirs))
     found = wire.difference(now.ours, then.ours)
-    found = found or wire.difference([ours[0]], [ours[1]], "/added")
-    if not found and alike(content["versions"]):
+    found = found or wire.difference([ours], [theirs], "/added")
+    if not found and same_versions:
         found = wire.difference(now.theirs, then.theirs, "/theirs")
     return found
 
